@@ -1,0 +1,1 @@
+"""Linear-attention operators and the dense kernels around them: pure functions of tensors."""

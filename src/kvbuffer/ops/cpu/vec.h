@@ -1,0 +1,102 @@
+// Fixed-width float vectors on the compiler's vector extensions: one source for AVX-512, AVX2, NEON and plain C++.
+// Kernels are written against Vec (kLanes float32 lanes); bfloat16 is storage only and widened on load.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <cmath>
+
+#if defined(__clang__)
+#define KVB_SINGLE_COPY __attribute__((noinline))
+#else
+#define KVB_SINGLE_COPY __attribute__((noinline, noclone))
+#endif
+
+namespace kvb {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+
+struct bf16 { uint16_t bits; };
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+  uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+// Round to nearest even; NaN stays NaN (the quiet bit is set so that truncation cannot make it an infinity).
+static inline void from_float(float f, float* out) { *out = f; }
+static inline void from_float(float f, bf16* out) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded);
+}
+
+// Subtracting zero changes no value, so it compiles to a bare broadcast; adding zero would turn -0 into +0.
+static inline Vec splat(float x) { return x - Vec{}; }
+
+static inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof(v)); return v; }
+static inline Vec load(const bf16* p) {
+  VecH h;
+  std::memcpy(&h, p, sizeof(h));
+  VecU u = __builtin_convertvector(h, VecU) << 16;
+  return (Vec)u;  // same size: the bits are kept
+}
+static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+static inline void store(bf16* p, Vec v) {
+  VecU u = (VecU)v;
+  VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  VecU quiet = (u >> 16) | 0x40u;
+  VecU is_nan = (VecU)((u & 0x7fffffffu) > 0x7f800000u);
+  VecH h = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), VecH);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+// Lanes summed pairwise, always in the same order.
+static inline float hsum(Vec v) {
+  float lane[kLanes];
+  store(lane, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+// exp(x) to about 2 ulp: 2^n * p(r) after the Cephes range reduction; saturates instead of overflowing.
+static inline Vec vexp(Vec x) {
+  const Vec lo = splat(-87.33654f), hi = splat(88.37626f);
+  x = x < lo ? lo : x;
+  x = x > hi ? hi : x;
+  Vec t = x * splat(1.44269504f);
+  VecI n = __builtin_convertvector(t + (t < splat(0.f) ? splat(-0.5f) : splat(0.5f)), VecI);
+  Vec f = __builtin_convertvector(n, Vec);
+  Vec r = x - f * splat(0.693359375f) - f * splat(-2.12194440e-4f);
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.f);
+  VecI bits = (n + 127) << 23;
+  return p * (Vec)bits;
+}
+static inline Vec sigmoid(Vec x) { return splat(1.f) / (splat(1.f) + vexp(-x)); }
+static inline Vec silu(Vec x) { return x * sigmoid(x); }
+
+static inline float sigmoid(float x) { return 1.f / (1.f + std::exp(-x)); }
+static inline float softplus(float x) { return x > 20.f ? x : std::log1p(std::exp(x)); }
+
+}  // namespace kvb

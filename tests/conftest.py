@@ -1,0 +1,29 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvbuffer.ops import dispatch
+
+
+@pytest.fixture(params=["cpu", "portable"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test on the compiled kernels and on portable PyTorch."""
+    if request.param == "portable":
+        monkeypatch.setattr(dispatch, "cpu_kernels", lambda: None)
+    elif dispatch.cpu_kernels() is None:
+        pytest.skip(dispatch.explain())
+    return request.param
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """A generator seeded by the test's own name: fresh inputs per test, the same on every run."""
+    return torch.Generator().manual_seed(hash_name(request.node.name))
+
+
+def hash_name(name: str) -> int:
+    """Return a small stable hash (Python's own differs from run to run)."""
+    return int.from_bytes(name.encode(), "big") % (2**31 - 1)
