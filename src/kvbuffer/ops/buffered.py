@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from ctypes import CDLL, c_int64, c_void_p
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +62,8 @@ class RecordPages(NamedTuple):
 
 @cache
 def _bind(lib: CDLL) -> CDLL:
-    pages = [c_void_p] * 4 + [c_int64]
-    inputs = [*[c_void_p, c_int64] * 3, c_void_p, c_void_p]
+    pages: list[Any] = [*[c_void_p] * 4, c_int64]
+    inputs: list[Any] = [*[c_void_p, c_int64] * 3, c_void_p, c_void_p]
     lib.kvb_buffered_decode.argtypes = [*inputs, *[c_void_p] * 2, *pages, *[c_void_p] * 3, *[c_int64] * 7]
     lib.kvb_fold.argtypes = [c_void_p, c_void_p, *pages, c_void_p, *[c_int64] * 7]
     lib.kvb_recurrent_decode.argtypes = [*inputs, *[c_void_p] * 3, *[c_int64] * 6]
@@ -175,10 +175,9 @@ def recurrent_decode(
     return out
 
 
-def _input_arguments(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
-) -> tuple[int, ...]:
-    assert g is not None and beta is not None  # the compiled kernels serve Gated DeltaNet
+def _input_arguments(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> tuple[int, ...]:
+    assert g is not None  # the compiled kernels serve Gated DeltaNet
+    assert beta is not None
     rows = (part for x in (q, k, v) for part in (x.data_ptr(), x.stride(0)))
     return *rows, g.data_ptr(), beta.data_ptr()
 

@@ -23,9 +23,7 @@ def _bind(lib: CDLL) -> CDLL:
     return lib
 
 
-def causal_conv(
-    x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, cu_seqlens: Tensor, fresh: Tensor
-) -> Tensor:
+def causal_conv(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, cu_seqlens: Tensor, fresh: Tensor) -> Tensor:
     """Return ``silu(conv(x))`` in float32 and roll the inputs in ``state`` forward.
 
     Args:

@@ -78,9 +78,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     return out
 
 
-def gated_delta_inputs(
-    qk: Tensor, b: Tensor, a: Tensor, a_log: Tensor, dt_bias: Tensor
-) -> tuple[Tensor, Tensor]:
+def gated_delta_inputs(qk: Tensor, b: Tensor, a: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """Prepare what Gated DeltaNet reads: unit-length queries and keys in place, decays and writing strengths.
 
     Args:

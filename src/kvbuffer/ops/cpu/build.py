@@ -63,9 +63,7 @@ def _cpu_identity() -> str:
 
 def _compile(compiler: str, sources: list[Path], target: Path) -> None:
     def compile_one(source: Path, out: str) -> None:
-        subprocess.run(
-            [compiler, *FLAGS, "-c", str(source), "-o", out], check=True, capture_output=True, text=True
-        )
+        subprocess.run([compiler, *FLAGS, "-c", str(source), "-o", out], check=True, capture_output=True, text=True)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:

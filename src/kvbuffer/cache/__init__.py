@@ -1,0 +1,1 @@
+"""Where a request's memory lives: the plan, the pools, the tensors."""

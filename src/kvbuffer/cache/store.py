@@ -1,0 +1,60 @@
+"""The tensors behind the plan: per layer, states with their buffers, or pages of keys and values."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvbuffer.cache.plan import MemoryPlan
+from kvbuffer.cache.shapes import CacheShape
+from kvbuffer.ops.attention import PAGE_SIZE
+from kvbuffer.ops.buffered import RecordPages
+from kvbuffer.ops.rule import GATED_DELTANET
+
+
+class LinearCache(NamedTuple):
+    """Memory of one linear-attention layer.
+
+    Attributes:
+        states: [num_slots, HV, K, V] in the plan's state dtype.
+        conv: [num_slots, W - 1, C] in the model dtype, the convolution's rolling inputs.
+        records: pages of the KV buffers.
+    """
+
+    states: Tensor
+    conv: Tensor
+    records: RecordPages
+
+
+class AttentionCache(NamedTuple):
+    """Memory of one full-attention layer.
+
+    Attributes:
+        pages: [num_pages, 2, HKV, PAGE_SIZE, D] in the model dtype.
+    """
+
+    pages: Tensor
+
+
+def allocate(shape: CacheShape, plan: MemoryPlan) -> list[LinearCache | AttentionCache]:
+    """Return the memory of every layer, uninitialised: pages of the operating system are touched only when used."""
+    linear = shape.linear
+    caches: list[LinearCache | AttentionCache] = []
+    for kind in shape.layer_types:
+        if kind == "full_attention":
+            size = (plan.num_attention_pages, 2, shape.num_kv_heads, PAGE_SIZE, shape.head_dim)
+            caches.append(AttentionCache(torch.empty(size, dtype=plan.dtype)))
+            continue
+        heads = (linear.num_value_heads, linear.key_head_dim, linear.value_head_dim)
+        caches.append(
+            LinearCache(
+                torch.empty(plan.num_slots, *heads, dtype=plan.state_dtype),
+                torch.empty(plan.num_slots, linear.conv_kernel - 1, linear.conv_dim, dtype=plan.dtype),
+                RecordPages.allocate(
+                    GATED_DELTANET, plan.num_record_pages, plan.record_page_size, linear.num_key_heads, *heads
+                ),
+            )
+        )
+    return caches

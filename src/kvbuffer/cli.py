@@ -1,0 +1,252 @@
+"""The command ``kvbuffer``.
+
+What takes long to import (torch, the server) is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvbuffer import __version__
+from kvbuffer.cli_options import (
+    BufferLen,
+    Dtype,
+    DtypeOption,
+    LogLevel,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    Memory,
+    Model,
+    StateDtype,
+    Threads,
+    use_config_file,
+)
+from kvbuffer.errors import ConfigError, KVBufferError
+
+if TYPE_CHECKING:
+    from kvbuffer.engine.engine import Engine
+    from kvbuffer.engine.request import CompletionDelta
+    from kvbuffer.engine.sampling_params import SamplingParams
+
+app = typer.Typer(
+    help="Serve linear-attention language models with KV buffers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="KVBUFFER_API_KEY", help="Key that clients must send; default: none needed."),
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name in the API; default: MODEL.")] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = 256,
+    max_num_batched_tokens: MaxNumBatchedTokens = 512,
+    memory: Memory = None,
+    buffer_len: BufferLen = 16,
+    state_dtype: StateDtype = Dtype.AUTO,
+    threads: Threads = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Jinja file in place of the model's template."),
+    ] = None,
+    uvicorn_log_level: Annotated[LogLevel, typer.Option(help="How much the HTTP server logs.")] = LogLevel.WARNING,
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that running requests get to finish on SIGINT or SIGTERM.")
+    ] = 30.0,
+    config: Annotated[
+        Path | None,
+        typer.Option(is_eager=True, callback=use_config_file, help="YAML file of these options; flags win."),
+    ] = None,
+) -> None:
+    """Serve MODEL over HTTP with OpenAI's API."""
+    from kvbuffer.engine.async_engine import AsyncEngine
+    from kvbuffer.ops.dispatch import explain
+    from kvbuffer.server.app import create_app
+    from kvbuffer.server.launch import Server, bind, raise_open_files_limit
+
+    template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
+    listener = bind(host, port)
+    raise_open_files_limit()
+    engine = load_engine(
+        model=model,
+        served_model_name=served_model_name,
+        dtype=dtype.value,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        memory=memory,
+        buffer_len=buffer_len,
+        state_dtype=state_dtype.value,
+        threads=threads,
+    )
+    print(engine.plan.describe())
+    print(explain())
+    async_engine = AsyncEngine(engine)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    key = "" if api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
+    name = served_model_name or model
+
+    def announce() -> None:
+        print(f"\nServing {name} on {url} (API: {url}/v1, documentation: {url}/docs). Ctrl-C stops. Try:\n")
+        print(f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\")
+        print(
+            f'  -d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n',
+            flush=True,
+        )
+
+    server = Server(
+        create_app(async_engine, api_key=api_key, chat_template=template),
+        async_engine,
+        shutdown_timeout_s=shutdown_timeout,
+        log_level=uvicorn_log_level.value,
+        on_started=announce,
+    )
+    server.run([listener])
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; default: read from standard input.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token; default: the model's.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling; default: the model's.")] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    memory: Memory = None,
+    buffer_len: BufferLen = 16,
+    threads: Threads = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+) -> None:
+    """Continue a text with MODEL and print it as it comes."""
+    if prompt is None:
+        prompt = sys.stdin.read()
+    engine = load_engine(model=model, dtype=dtype.value, memory=memory, buffer_len=buffer_len, threads=threads)
+    params = local_sampling_params(engine, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    for delta in run_one(engine, engine.tokenizer.encode(prompt), params):
+        print(delta.text, end="", flush=True)
+    print()
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Model as for serve; with --url, its name there.")] = "demo",
+    url: Annotated[str | None, typer.Option(help="Chat with a running server, as in http://127.0.0.1:8000.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="KVBUFFER_API_KEY", help="The server's API key.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens per reply.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token; default: the model's.")
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    memory: Memory = None,
+    buffer_len: BufferLen = 16,
+    threads: Threads = None,
+) -> None:
+    """Chat in the terminal; Ctrl-C stops a reply, Ctrl-D ends the chat."""
+    from kvbuffer import terminal
+
+    if url is not None:
+        options = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
+        reply = terminal.remote_replies(url, api_key, options)
+    else:
+        engine = load_engine(model=model, dtype=dtype.value, memory=memory, buffer_len=buffer_len, threads=threads)
+        params = local_sampling_params(engine, max_tokens=max_tokens, temperature=temperature)
+
+        def reply(messages: terminal.Messages) -> Generator[str, None, None]:
+            prompt = engine.tokenizer.apply_chat_template(messages)
+            with terminal.deferred_interrupt() as raise_if_interrupted:
+                for delta in run_one(engine, prompt, params):
+                    yield delta.text
+                    raise_if_interrupted()
+
+    terminal.converse(reply, system)
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="Also load this model and print its memory plan.")] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = 256,
+    memory: Memory = None,
+    buffer_len: BufferLen = 16,
+    state_dtype: StateDtype = Dtype.AUTO,
+) -> None:
+    """Print the environment, the kernels chosen and why, and MODEL's memory plan and maximum concurrency."""
+    import os
+    import platform
+
+    import torch
+    import transformers
+
+    from kvbuffer.ops.dispatch import explain
+
+    print(f"kvbuffer      {__version__}")
+    print(f"python        {platform.python_version()} on {platform.platform()}")
+    print(f"torch         {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} CPUs")
+    print(f"transformers  {transformers.__version__}")
+    print(f"kernels       {explain()}")
+    if model is not None:
+        engine = load_engine(
+            model=model,
+            dtype=dtype.value,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            memory=memory,
+            buffer_len=buffer_len,
+            state_dtype=state_dtype.value,
+        )
+        print(engine.plan.describe())
+
+
+def load_engine(**options: Any) -> Engine:
+    """Return the engine for these options of ``EngineConfig``."""
+    from kvbuffer.engine.config import EngineConfig
+    from kvbuffer.engine.engine import Engine
+
+    return Engine.from_config(EngineConfig(**options))
+
+
+def local_sampling_params(engine: Engine, **options: Any) -> SamplingParams:
+    """Return the options that were given over the model's own defaults."""
+    from kvbuffer.engine.sampling_params import SamplingParams
+
+    given = {name: value for name, value in options.items() if value is not None}
+    return SamplingParams(**{"max_tokens": None, **engine.generation_defaults, **given})
+
+
+def run_one(engine: Engine, prompt_token_ids: list[int], params: SamplingParams) -> Iterator[CompletionDelta]:
+    """Run one request in this thread; leaving the iteration aborts it."""
+    engine.add_request("local", prompt_token_ids, params)
+    try:
+        while engine.has_work():
+            yield from engine.step()
+    finally:
+        engine.abort_request("local")
+
+
+def main() -> None:
+    """Run the command line; our errors are one line each, with exit status 1, or 2 for bad options."""
+    try:
+        app()
+    except KVBufferError as error:
+        print(f"kvbuffer: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,0 +1,79 @@
+"""Options of the command line: their types, their help, and the file they may come from."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_SIZE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+class Dtype(StrEnum):
+    """Element types."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class LogLevel(StrEnum):
+    """uvicorn's levels; debug and trace log every request."""
+
+    CRITICAL = "critical"
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+    DEBUG = "debug"
+    TRACE = "trace"
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes that ``text`` says, as in 8GiB, 500MB or 1000000.
+
+    Raises:
+        typer.BadParameter: it is not a positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if match is None or match[2] not in _SIZE_UNITS or (size := int(float(match[1]) * _SIZE_UNITS[match[2]])) < 1:
+        raise typer.BadParameter(f"{text!r} is not a size in bytes; write for example 8GiB or 500MB.")
+    return size
+
+
+def use_config_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Make a YAML file's values the defaults of the command's options."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{path} must hold options and their values, as in 'port: 8000'.")
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    known = {parameter.name for parameter in context.command.params} - {"config"}
+    if unknown := values.keys() - known:
+        raise typer.BadParameter(
+            f"{path} has unknown options: {', '.join(sorted(unknown))}; see {context.command_path} --help."
+        )
+    context.default_map = values
+    return path
+
+
+Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or 'demo' for the embedded model.")]
+StateDtype = Annotated[Dtype, typer.Option(help="Type of linear-attention states; auto is float32.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Type of weights and activations; auto is the checkpoint's.")]
+MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Context length in tokens; default: the model's.")]
+MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Most requests in one step.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, help="Most tokens in one step.")]
+Memory = Annotated[
+    int | None,
+    typer.Option(parser=parse_size, metavar="SIZE", help="Bytes for states, buffers and caches, as in 8GiB."),
+]
+BufferLen = Annotated[int, typer.Option(min=1, help="Tokens a KV buffer holds before it is folded.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")]

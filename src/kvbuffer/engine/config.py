@@ -1,0 +1,65 @@
+"""The engine's options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvbuffer.errors import ConfigError
+from kvbuffer.ops.chunked import CHUNK
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is built from; the names are vLLM's where it has them.
+
+    Attributes:
+        model: checkpoint folder, hub id, or ``demo``.
+        served_model_name: name in the API; the model's by default.
+        dtype: ``auto`` (the checkpoint's), ``float32`` or ``bfloat16``.
+        state_dtype: dtype of the linear-attention states, ``auto`` (float32), ``float32`` or ``bfloat16``.
+        max_model_len: longest request in tokens, prompt and output; the model's own, if it fits, by default.
+        max_num_seqs: at most this many requests run at once.
+        max_num_batched_tokens: at most this many tokens are computed in a step; prompts are split to fit.
+        memory: bytes for states, buffers and attention pages; by default half of the free memory.
+        buffer_len: tokens a KV buffer holds before it is folded into the state.
+        threads: CPU threads; PyTorch's choice by default.
+        show_progress: draw a progress bar while loading.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    model: str
+    served_model_name: str | None = None
+    dtype: str = "auto"
+    state_dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 512
+    memory: int | None = None
+    buffer_len: int = 16
+    threads: int | None = None
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "state_dtype"):
+            if getattr(self, name) not in ("auto", *DTYPES):
+                raise ConfigError(f"{name} must be auto, {' or '.join(DTYPES)}, got {getattr(self, name)!r}")
+        bounds = {
+            "max_model_len": 2,
+            "max_num_seqs": 1,
+            "max_num_batched_tokens": CHUNK,
+            "memory": 1,
+            "buffer_len": 1,
+            "threads": 1,
+        }
+        for name, low in bounds.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+        if self.buffer_len > 1024:
+            raise ConfigError(f"buffer_len must be at most 1024, got {self.buffer_len}")

@@ -1,0 +1,273 @@
+"""The engine: requests in, deltas out, one step at a time on one thread."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvbuffer.cache.memory import RequestMemory
+from kvbuffer.cache.plan import MemoryPlan, default_budget, plan_memory
+from kvbuffer.cache.store import allocate
+from kvbuffer.engine.config import DTYPES, EngineConfig
+from kvbuffer.engine.detokenizer import IncrementalDetokenizer
+from kvbuffer.engine.request import CompletionDelta, FinishReason, Request
+from kvbuffer.engine.runner import Runner
+from kvbuffer.engine.sampler import InvalidLogits, SampledToken, sample
+from kvbuffer.engine.sampling_params import SamplingParams
+from kvbuffer.engine.sampling_state import SamplingState
+from kvbuffer.engine.scheduler import Scheduler
+from kvbuffer.errors import InvalidRequestError
+from kvbuffer.models.config import ModelConfig
+from kvbuffer.models.decoder import Decoder
+from kvbuffer.models.weights import resolve_model
+from kvbuffer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+#: Sampling defaults that a checkpoint's ``generation_config.json`` may set.
+_GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A reading of the engine's counters and pools."""
+
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    num_folds: int
+    state_slots_used: int
+    state_slots_total: int
+    record_pages_used: int
+    record_pages_total: int
+    attention_pages_used: int
+    attention_pages_total: int
+
+
+class Engine:
+    """Serves one model. Not thread-safe: everything happens on the thread that calls :meth:`step`.
+
+    Attributes:
+        config: the options it was built with.
+        model_config: the model's shape.
+        tokenizer: the model's tokenizer.
+        plan: how memory is divided.
+        max_model_len: longest request in tokens, prompt and output.
+        eos_token_ids: tokens that end a request unless it ignores them.
+        generation_defaults: the model's own sampling defaults, for requests that do not say.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        folder: Path,
+        model_config: ModelConfig,
+        plan: MemoryPlan,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.config, self.model_config, self.plan, self.tokenizer = config, model_config, plan, tokenizer
+        self.max_model_len = plan.max_model_len
+        generation = _read_generation_config(folder)
+        self.generation_defaults = {k: generation[k] for k in _GENERATION_DEFAULTS if generation.get(k) is not None}
+        if generation.get("do_sample") is False:
+            self.generation_defaults = {"temperature": 0.0}
+        self.eos_token_ids = _eos_token_ids(generation, model_config, tokenizer)
+        self._model = Decoder(folder, model_config, plan.dtype, plan.max_model_len, config.show_progress)
+        self._memory = RequestMemory(plan)
+        self._runner = Runner(self._model, allocate(model_config.cache_shape, plan), self._memory)
+        self._scheduler = Scheduler(self._memory, config.max_num_batched_tokens)
+        self._requests: dict[str, Request] = {}
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Engine:
+        """Find the checkpoint, plan the memory, load the weights.
+
+        Raises:
+            ModelError: the checkpoint is missing, broken or of an unsupported kind.
+            CapacityError: the memory budget is too small.
+        """
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        folder = resolve_model(config.model)
+        model_config = ModelConfig.from_folder(folder)
+        dtype = DTYPES.get(config.dtype)
+        if dtype is None:
+            dtype = torch.float32 if model_config.dtype == torch.float32 else torch.bfloat16
+        weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        plan = plan_memory(
+            model_config.cache_shape,
+            budget=default_budget(weight_bytes) if config.memory is None else config.memory,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            buffer_len=config.buffer_len,
+            dtype=dtype,
+            state_dtype=DTYPES.get(config.state_dtype, torch.float32),
+        )
+        return cls(config, folder, model_config, plan, Tokenizer(folder))
+
+    @property
+    def stats(self) -> EngineStats:
+        """The counters and pools as they are now; may be read from any thread."""
+        memory, scheduler = self._memory, self._scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_preemptions=scheduler.num_preemptions,
+            num_folds=self._runner.num_folds,
+            state_slots_used=memory.slots.num_used,
+            state_slots_total=memory.slots.size,
+            record_pages_used=memory.record_pages.num_used,
+            record_pages_total=memory.record_pages.size,
+            attention_pages_used=memory.attention_pages.num_used,
+            attention_pages_total=memory.attention_pages.size,
+        )
+
+    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: the prompt or a parameter cannot be served; nothing was queued.
+        """
+        if request_id in self._requests:
+            raise InvalidRequestError(f"a request with id {request_id!r} is already running", "request_id")
+        max_len = self._check_lengths(len(prompt_token_ids), params.max_tokens)
+        vocab_size = self.model_config.vocab_size
+        for token_id in prompt_token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token_id} is outside the vocabulary (0 to {vocab_size - 1})", "prompt"
+                )
+        params.validate(vocab_size)
+        request = Request(
+            request_id,
+            params,
+            list(prompt_token_ids),
+            len(prompt_token_ids),
+            max_len,
+            SamplingState(params, prompt_token_ids, self.eos_token_ids),
+            IncrementalDetokenizer(self.tokenizer, params),
+        )
+        self._requests[request_id] = request
+        self._scheduler.add(request)
+
+    def _check_lengths(self, prompt_len: int, max_tokens: int | None) -> int:
+        """Return the length at which a request ends."""
+        if prompt_len == 0:
+            raise InvalidRequestError("the prompt is empty: it must hold at least one token", "prompt")
+        if prompt_len >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {prompt_len} tokens; the context holds {self.max_model_len}, output included: "
+                f"shorten the prompt to {self.max_model_len - 1} tokens or less",
+                "prompt",
+            )
+        room = self.max_model_len - prompt_len
+        if max_tokens is not None and max_tokens > room:
+            raise InvalidRequestError(
+                f"max_tokens is {max_tokens}, but a prompt of {prompt_len} tokens leaves {room} of the context of "
+                f"{self.max_model_len}: ask for {room} or less",
+                "max_tokens",
+            )
+        return prompt_len + (room if max_tokens is None else max_tokens)
+
+    def abort_request(self, request_id: str) -> None:
+        """Forget a request and free its memory; an unknown id is ignored."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._scheduler.finish(request)
+
+    def has_work(self) -> bool:
+        """Return whether a step would do anything."""
+        return bool(self._requests)
+
+    def step(self) -> list[CompletionDelta]:
+        """Schedule, run, commit; return what each request that got a token gained.
+
+        If the model fails, the exception is raised and no request can go on.
+        """
+        batch = self._scheduler.schedule()
+        if not batch:
+            return []
+        logits = self._runner.run(batch)
+        complete = [request for request, _ in batch if request.num_computed_tokens == len(request.token_ids)]
+        sampled = sample(logits, [request.sampling for request in complete], self.model_config.vocab_size)
+        return [self._commit(request, token) for request, token in zip(complete, sampled, strict=True)]
+
+    def _commit(self, request: Request, sampled: SampledToken | InvalidLogits) -> CompletionDelta:
+        """Append a sampled token, decide whether the request ends, and report."""
+        text, token_ids, logprobs = "", [], None
+        finish: FinishReason | None = None
+        stop_reason: str | int | None = None
+        if isinstance(sampled, InvalidLogits):
+            logger.error("request %s: %s", request.request_id, sampled.reason)
+            finish, stop_reason = FinishReason.ABORT, sampled.reason
+        else:
+            token_ids = [sampled.token_id]
+            request.token_ids.append(sampled.token_id)
+            request.sampling.append(sampled.token_id)
+            logprobs = None if sampled.logprob is None else [sampled.logprob]
+            text, finish, stop_reason = self._ending(request, sampled.token_id)
+        if finish is not None:
+            text += request.detokenizer.flush()
+            self._scheduler.finish(request)
+            del self._requests[request.request_id]
+        return CompletionDelta(
+            request.request_id,
+            text,
+            token_ids,
+            logprobs,
+            finish,
+            stop_reason,
+            request.num_prompt_tokens,
+            request.num_output_tokens,
+            0,
+            request.scheduled_at,
+        )
+
+    def _ending(self, request: Request, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
+        """Return the text that a new token adds, and whether and why the request ends with it."""
+        params = request.params
+        if request.num_output_tokens > params.min_tokens or not params.min_tokens:
+            if token_id in params.stop_token_ids:
+                return "", FinishReason.STOP, token_id
+            if token_id in self.eos_token_ids and not params.ignore_eos:
+                return "", FinishReason.STOP, None
+        text, stop = request.detokenizer.append([token_id])
+        if stop is not None:
+            return text, FinishReason.STOP, stop
+        if len(request.token_ids) >= request.max_len:
+            return text, FinishReason.LENGTH, None
+        return text, None, None
+
+    def check_integrity(self) -> None:
+        """Check that memory and requests agree; for tests and for an idle server.
+
+        Raises:
+            RuntimeError: something is lost or held twice.
+        """
+        self._memory.check_integrity()
+        if self._memory.slots.num_used != len(self._scheduler.running):
+            raise RuntimeError("state slots in use are not the ones of the running requests")
+        if len(self._requests) != len(self._scheduler.running) + len(self._scheduler.waiting):
+            raise RuntimeError("a request is neither running nor waiting")
+
+
+def _read_generation_config(folder: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads((folder / "generation_config.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        logger.warning("ignoring %s/generation_config.json, which is not valid JSON: %s", folder, error)
+        return {}
+    return values
+
+
+def _eos_token_ids(generation: dict[str, Any], config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
+    listed = generation.get("eos_token_id", [])
+    ids = {*config.eos_token_ids, *([listed] if isinstance(listed, int) else listed or ())}
+    return frozenset(ids if tokenizer.eos_token_id is None else {*ids, tokenizer.eos_token_id})

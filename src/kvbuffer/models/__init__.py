@@ -1,0 +1,1 @@
+"""Model architectures and the loader for Hugging Face checkpoints."""

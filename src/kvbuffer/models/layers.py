@@ -1,0 +1,192 @@
+"""The layers that the served architectures share, built from a checkpoint's weights.
+
+N tokens in the ragged batch, C convolution channels; see :mod:`kvbuffer.models.inputs` for the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvbuffer.cache.store import AttentionCache, LinearCache
+from kvbuffer.models.config import ModelConfig, MoeConfig
+from kvbuffer.models.inputs import ModelInputs
+from kvbuffer.models.weights import WeightReader
+from kvbuffer.ops.activation import swiglu
+from kvbuffer.ops.attention import attention_inputs, paged_attention
+from kvbuffer.ops.buffered import buffered_decode
+from kvbuffer.ops.chunked import chunked_prefill
+from kvbuffer.ops.conv import causal_conv
+from kvbuffer.ops.linear import Linear
+from kvbuffer.ops.moe import PackedExperts, moe_mlp, route
+from kvbuffer.ops.norm import gated_delta_inputs, gated_rms_norm
+from kvbuffer.ops.rule import GATED_DELTANET
+
+
+class RotaryTable:
+    """Cosines and sines of the rotary embedding.
+
+    Attributes:
+        cos: [max_model_len, rotary_dim / 2] float32.
+        sin: as ``cos``.
+    """
+
+    def __init__(self, config: ModelConfig, max_model_len: int) -> None:
+        exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
+        angles = torch.arange(max_model_len, dtype=torch.float32).unsqueeze(1) / config.rope_theta**exponents
+        self.cos, self.sin = angles.cos(), angles.sin()
+
+
+class GatedDeltaNet:
+    """A Gated DeltaNet layer: projections, short convolution, the delta rule on a KV buffer, gated norm.
+
+    Args:
+        reader: the checkpoint.
+        prefix: its layer's name, with the final dot.
+        config: the model.
+        in_proj: [C + HV * V + 2 * HV, hidden]: queries, keys and values, gate z, b and a, each head after head.
+    """
+
+    def __init__(self, reader: WeightReader, prefix: str, config: ModelConfig, in_proj: Tensor) -> None:
+        shape = config.linear
+        self.shape, self.eps = shape, config.rms_norm_eps
+        self.in_proj = Linear(in_proj)
+        conv = reader.take_float(f"{prefix}conv1d.weight", shape.conv_dim, 1, shape.conv_kernel)
+        self.conv_weight = conv.squeeze(1).T.contiguous()
+        self.a_log = reader.take_float(f"{prefix}A_log", shape.num_value_heads)
+        self.dt_bias = reader.take_float(f"{prefix}dt_bias", shape.num_value_heads)
+        self.norm_weight = reader.take_float(f"{prefix}norm.weight", shape.value_head_dim)
+        self.out_proj = Linear(reader.take(f"{prefix}out_proj.weight", config.hidden_size, shape.value_dim))
+
+    def forward(self, x: Tensor, inputs: ModelInputs, cache: LinearCache) -> Tensor:
+        """Map [N, hidden] to [N, hidden]; the requests' states, buffers and rolling inputs move on."""
+        shape, view = self.shape, inputs.buffer
+        projected = self.in_proj(x)
+        qkv = causal_conv(projected, self.conv_weight, cache.conv, view.slots, inputs.cu_seqlens, view.fresh)
+        z, b, a = projected[:, shape.conv_dim :].split(
+            (shape.value_dim, shape.num_value_heads, shape.num_value_heads), dim=1
+        )
+        qk = qkv[:, : 2 * shape.key_dim].unflatten(1, (2 * shape.num_key_heads, shape.key_head_dim))
+        v = qkv[:, 2 * shape.key_dim :].unflatten(1, (shape.num_value_heads, shape.value_head_dim))
+        g, beta = gated_delta_inputs(qk, b, a, self.a_log, self.dt_bias)
+        q, k = qk[:, : shape.num_key_heads], qk[:, shape.num_key_heads :]
+        out = self._mix(q, k, v, g, beta, inputs, cache)
+        return self.out_proj(gated_rms_norm(out, z, self.norm_weight, self.eps))
+
+    @staticmethod
+    def _mix(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, inputs: ModelInputs, cache: LinearCache
+    ) -> Tensor:
+        view, n = inputs.buffer, inputs.buffer.num_decodes
+        rows = slice(0, n), slice(n, None)
+        parts = []
+        if n:
+            q_n, k_n, v_n, g_n, beta_n = (x[rows[0]] for x in (q, k, v, g, beta))
+            out = buffered_decode(
+                GATED_DELTANET, q_n, k_n, v_n, g_n, beta_n, cache.states, view.slots[:n], cache.records,
+                view.page_table[:n], view.fill[:n], view.fold[:n],
+            )  # fmt: skip
+            parts.append(out)
+        if n < view.slots.shape[0]:
+            q_n, k_n, v_n, g_n, beta_n = (x[rows[1]] for x in (q, k, v, g, beta))
+            borders = inputs.cu_seqlens[n:] - n
+            out = chunked_prefill(
+                GATED_DELTANET, q_n, k_n, v_n, g_n, beta_n, cache.states, view.slots[n:], borders, view.fresh[n:]
+            )
+            parts.append(out)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class GatedAttention:
+    """Full attention with query and key norms, partial rotary embedding and an output gate."""
+
+    def __init__(self, reader: WeightReader, prefix: str, config: ModelConfig, rotary: RotaryTable) -> None:
+        self.config, self.rotary = config, rotary
+        heads, dim, hidden = config.num_heads, config.head_dim, config.hidden_size
+        kv = config.num_kv_heads * dim
+
+        def fused(name: str, *tail: int) -> Tensor:
+            # The checkpoint interleaves query and gate per head; the kernels read all queries, then all gates.
+            q = reader.take(f"{prefix}q_proj.{name}", 2 * heads * dim, *tail).view(heads, 2, dim, *tail)
+            others = (reader.take(f"{prefix}{p}_proj.{name}", kv, *tail) for p in ("k", "v"))
+            return torch.cat([q.transpose(0, 1).reshape(2 * heads * dim, *tail), *others])
+
+        self.qkv_proj = Linear(fused("weight", hidden), fused("bias") if config.attention_bias else None)
+        self.q_norm = reader.take_float(f"{prefix}q_norm.weight", dim)
+        self.k_norm = reader.take_float(f"{prefix}k_norm.weight", dim)
+        self.o_proj = Linear(
+            reader.take(f"{prefix}o_proj.weight", hidden, heads * dim),
+            reader.take(f"{prefix}o_proj.bias", hidden) if config.attention_bias else None,
+        )
+
+    def forward(self, x: Tensor, inputs: ModelInputs, cache: AttentionCache) -> Tensor:
+        """Map [N, hidden] to [N, hidden]; the new tokens' keys and values are written to their pages."""
+        config = self.config
+        projected = self.qkv_proj(x)
+        where = (inputs.attention_page_table, inputs.cu_seqlens, inputs.context_lens)
+        q = attention_inputs(
+            projected, self.q_norm, self.k_norm, self.rotary.cos, self.rotary.sin, inputs.positions, cache.pages,
+            *where, config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps,
+        )  # fmt: skip
+        width = config.num_heads * config.head_dim
+        return self.o_proj(paged_attention(q, cache.pages, *where, gate=projected[:, width : 2 * width]))
+
+
+class Mlp(Protocol):
+    """What follows the token mixer in a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, hidden] to [N, hidden]."""
+        ...
+
+
+class DenseMlp:
+    """SwiGLU."""
+
+    def __init__(self, reader: WeightReader, prefix: str, hidden: int, intermediate: int) -> None:
+        gate_up = [reader.take(f"{prefix}{name}_proj.weight", intermediate, hidden) for name in ("gate", "up")]
+        self.gate_up = Linear(torch.cat(gate_up))
+        self.down = Linear(reader.take(f"{prefix}down_proj.weight", hidden, intermediate))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, hidden] to [N, hidden]."""
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class SparseMoe:
+    """A mixture of SwiGLU experts, of which each token takes the top k, plus one gated expert that all tokens share."""
+
+    def __init__(self, reader: WeightReader, prefix: str, config: ModelConfig, moe: MoeConfig) -> None:
+        self.moe, hidden = moe, config.hidden_size
+        self.router = Linear(reader.take(f"{prefix}gate.weight", moe.num_experts, hidden))
+        self.experts = PackedExperts(*_expert_weights(reader, f"{prefix}experts.", hidden, moe))
+        self.shared = DenseMlp(reader, f"{prefix}shared_expert.", hidden, moe.shared_intermediate_size)
+        self.shared_gate = Linear(reader.take(f"{prefix}shared_expert_gate.weight", 1, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, hidden] to [N, hidden]."""
+        expert_ids, expert_weights = route(self.router(x), self.moe.top_k, self.moe.normalize)
+        shared = torch.sigmoid(self.shared_gate(x)) * self.shared.forward(x)
+        return moe_mlp(x, expert_ids, expert_weights, self.experts).add_(shared)
+
+
+def _expert_weights(reader: WeightReader, prefix: str, hidden: int, moe: MoeConfig) -> tuple[Tensor, Tensor]:
+    """Return gate_up [E, 2I, hidden] and down [E, hidden, I] from fused tensors or from one tensor per expert."""
+    count, width = moe.num_experts, moe.intermediate_size
+    if f"{prefix}gate_up_proj" in reader:
+        return (
+            reader.take(f"{prefix}gate_up_proj", count, 2 * width, hidden),
+            reader.take(f"{prefix}down_proj", count, hidden, width),
+        )
+
+    def stacked(name: str, *shape: int) -> Tensor:
+        return torch.stack([reader.take(f"{prefix}{e}.{name}_proj.weight", *shape) for e in range(count)])
+
+    return torch.cat([stacked(n, width, hidden) for n in ("gate", "up")], 1), stacked("down", hidden, width)
+
+
+def zero_centred(reader: WeightReader, name: str, dim: int) -> Tensor:
+    """Return the factor 1 + w of a zero-centred RMSNorm, [dim] float32."""
+    return 1.0 + reader.take_float(name, dim)

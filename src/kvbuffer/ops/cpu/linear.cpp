@@ -1,0 +1,128 @@
+// Dense layers y = x Wᵀ + b on weights packed once (layouts and the order of the sums: gemm.h).
+//
+//   name    shape                                   dtype            access
+//   weight  [N, K]                                  model            read (kvb_linear_pack)
+//   packed  [ceil(N / kPanel), padded K, kPanel]    model            written by kvb_linear_pack, read by kvb_linear
+//   x       [M, K], row stride x_stride             model            read
+//   bias    [N] or null                             float32          read
+//   out     [M, N], row stride out_stride           model            written
+#include <omp.h>
+
+#include <chrono>
+
+#include "gemm.h"
+
+namespace kvb {
+
+// Blocking for large M: a thread's packed rows and sums in progress stay in a 1 MB L2 cache. Rows beyond kRowBytes are packed
+// in slices of K, each used for kGroupPanels panels.
+constexpr int64_t kBlockRows = 12 * kMaxRows;
+constexpr int64_t kRowBytes = 512 * 1024;
+constexpr int64_t kGroupPanels = 8;
+// Below this many multiply-adds waking the other threads costs more than it saves.
+constexpr int64_t kSerialWork = 1 << 18;
+
+template <class C>
+static void linear(const typename C::Element* x, int64_t x_stride, const typename C::Element* packed, const float* bias,
+                   typename C::Element* out, int64_t out_stride, int64_t m, int64_t k, int64_t n) {
+  using Row = typename C::Row;
+  const int64_t width = padded_k(k), panels = ceil_div(n, kPanel), row_blocks = ceil_div(m, kBlockRows);
+  const int64_t units = row_blocks * panels;
+#pragma omp parallel if (m * width * panels * kPanel >= kSerialWork)
+  {
+    static thread_local Scratch row_scratch, sum_scratch;
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t last = units * (thread + 1) / threads;
+    int64_t packed_block = -1;
+    for (int64_t unit = units * thread / threads; unit < last;) {
+      const int64_t row_block = unit / panels, panel = unit % panels;
+      const int64_t first_row = m * row_block / row_blocks, rows = m * (row_block + 1) / row_blocks - first_row;
+      const int64_t group = std::min({kGroupPanels, panels - panel, last - unit});
+      const int64_t slice = std::min<int64_t>(width, std::max<int64_t>(1, kRowBytes / (rows * kBlock * sizeof(Row))) * kBlock);
+      const Tiles tiles(rows);
+      Row* row = row_scratch.get<Row>(rows * slice);
+      float* sums = sum_scratch.get<float>(group * rows * kPanel);
+      for (int64_t begin = 0; begin < width; begin += slice) {
+        const int64_t depth = std::min(slice, width - begin);
+        if (depth < width || packed_block != row_block)
+          pack_rows<C>(tiles, [&](int64_t i) { return x + (first_row + i) * x_stride; }, begin, depth, k, row);
+        packed_block = row_block;
+        for (int64_t p = 0; p < group; ++p)
+          multiply<C>(tiles, row, depth, packed + ((panel + p) * width + begin) * kPanel, depth, begin == 0,
+                      sums + p * rows * kPanel);
+      }
+      for (int64_t p = 0; p < group; ++p) {
+        const int64_t column = (panel + p) * kPanel, columns = std::min<int64_t>(kPanel, n - column);
+        for (int64_t r = 0; r < rows; ++r) {
+          float* y = sums + (p * rows + r) * kPanel;
+          for (int64_t i = 0; bias && i < columns; ++i) y[i] += bias[column + i];
+          store_columns(y, columns, out + (first_row + r) * out_stride + column);
+        }
+      }
+      unit += group;
+    }
+  }
+}
+
+template <class T>
+static void pack(const T* weight, int64_t n, int64_t k, T* packed) {
+  const int64_t panels = ceil_div(n, kPanel), panel_size = padded_k(k) * kPanel;
+  advise_huge_pages(packed, panels * panel_size * sizeof(T));
+  // The same split as in linear(): on machines with several memory nodes each thread reads pages near it.
+#pragma omp parallel
+  {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; ++p)
+      pack_panel(weight + p * kPanel * k, std::min<int64_t>(kPanel, n - p * kPanel), k, packed + p * panel_size);
+  }
+}
+
+#if defined(__AVX512BF16__)
+template <class C>
+static double seconds_per_block() {
+  alignas(64) typename C::Row x[kMaxRows * kBlock] = {};
+  alignas(64) typename C::Element w[kBlock * kPanel * 8] = {};
+  alignas(64) float c[kMaxRows * kPanel] = {};
+  double best = 1e9;
+  for (int repeat = 0; repeat < 40; ++repeat) {
+    auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < 64; ++i) multiply_tile<C>(kMaxRows, x, w, 1, false, c);
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+#endif
+
+}  // namespace kvb
+
+using namespace kvb;
+
+extern "C" int64_t kvb_linear_packed_elements(int64_t n, int64_t k) { return ceil_div(n, kPanel) * kPanel * padded_k(k); }
+
+extern "C" void kvb_linear_pack(const void* weight, int64_t n, int64_t k, int dtype, void* packed) {
+  if (dtype == 0)
+    pack(static_cast<const float*>(weight), n, k, static_cast<float*>(packed));
+  else
+    pack(static_cast<const bf16*>(weight), n, k, static_cast<bf16*>(packed));
+}
+
+// The faster way to multiply bfloat16 on this CPU. The dot-product instruction doubles the rate on some CPUs and halves it
+// on others, so it is timed once; the gap is far wider than the noise.
+extern "C" int kvb_bfloat16_compute() {
+#if defined(__AVX512BF16__)
+  static const int code = seconds_per_block<PairDot>() < 0.8 * seconds_per_block<Widened>() ? PairDot::kCode : Widened::kCode;
+  return code;
+#else
+  return Widened::kCode;
+#endif
+}
+
+extern "C" void kvb_linear(const void* x, int64_t x_stride, const void* packed, const float* bias, void* out,
+                           int64_t out_stride, int64_t m, int64_t k, int64_t n, int compute) {
+  with_compute(compute, [&](auto c) {
+    using C = decltype(c);
+    using T = typename C::Element;
+    linear<C>(static_cast<const T*>(x), x_stride, static_cast<const T*>(packed), bias, static_cast<T*>(out), out_stride, m,
+              k, n);
+  });
+}

@@ -1,0 +1,97 @@
+"""``/metrics`` in Prometheus' format, under vLLM's names with ``kvbuffer:`` in place of ``vllm:``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from kvbuffer.engine.async_engine import AsyncEngine
+from kvbuffer.engine.request_metrics import Histogram
+
+# Metric name, help, attribute of EngineStats.
+_GAUGES = (
+    ("num_requests_running", "Requests in the running batch.", "num_running"),
+    ("num_requests_waiting", "Requests waiting to be scheduled.", "num_waiting"),
+    ("attention_pages_in_use", "Pages of full attention's keys and values in use.", "attention_pages_used"),
+    ("attention_pages", "Pages of full attention's keys and values there are.", "attention_pages_total"),
+    ("state_slots_in_use", "Linear-attention state slots in use.", "state_slots_used"),
+    ("state_slots", "Linear-attention state slots there are.", "state_slots_total"),
+    ("record_pages_in_use", "Pages of KV buffer records in use.", "record_pages_used"),
+    ("record_pages", "Pages of KV buffer records there are.", "record_pages_total"),
+)
+_COUNTERS = (
+    ("num_preemptions", "Requests put back in the queue because memory ran out.", "num_preemptions"),
+    ("folds", "KV buffers folded into their states, counted per request.", "num_folds"),
+)
+# Metric name, help, attribute of RequestMetrics.
+_HISTOGRAMS = (
+    ("time_to_first_token_seconds", "From arrival to the first token.", "time_to_first_token"),
+    ("inter_token_latency_seconds", "Between two tokens of a request.", "inter_token_latency"),
+    ("e2e_request_latency_seconds", "From arrival to the end.", "e2e_latency"),
+    ("request_queue_time_seconds", "From arrival to the first step that ran the request.", "queue_time"),
+    ("request_prefill_time_seconds", "From the first step to the first token.", "prefill_time"),
+    ("request_decode_time_seconds", "From the first token to the last.", "decode_time"),
+)
+
+
+class EngineCollector(Collector):
+    """Reads the engine's counters when it is scraped, so that they cost nothing in between."""
+
+    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+        self._engine = engine
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield every metric, labelled with the model's name."""
+        stats, metrics = self._engine.engine.stats, self._engine.metrics
+        labels = [self._model_name]
+        for name, help_text, attribute in _GAUGES:
+            gauge = GaugeMetricFamily(f"kvbuffer:{name}", help_text, labels=["model_name"])
+            gauge.add_metric(labels, getattr(stats, attribute))
+            yield gauge
+        usage = GaugeMetricFamily(
+            "kvbuffer:kv_cache_usage_perc",
+            "Share of the attention pages in use, 0 to 1.",
+            labels=["model_name"],
+        )
+        usage.add_metric(labels, stats.attention_pages_used / max(1, stats.attention_pages_total))
+        yield usage
+        totals = [(name, help_text, getattr(stats, attribute)) for name, help_text, attribute in _COUNTERS]
+        totals.append(("prompt_tokens", "Prompt tokens processed.", metrics.prompt_tokens))
+        totals.append(("generation_tokens", "Tokens generated.", metrics.generation_tokens))
+        for name, help_text, total in totals:
+            counter = CounterMetricFamily(f"kvbuffer:{name}", help_text, labels=["model_name"])
+            counter.add_metric(labels, total)
+            yield counter
+        finished = CounterMetricFamily(
+            "kvbuffer:request_success",
+            "Requests by how they ended.",
+            labels=["model_name", "finished_reason"],
+        )
+        for reason in ("stop", "length", "abort"):
+            finished.add_metric([self._model_name, reason], metrics.finished[reason])
+        yield finished
+        for name, help_text, attribute in _HISTOGRAMS:
+            yield _histogram_family(name, help_text, self._model_name, getattr(metrics, attribute))
+
+
+def _histogram_family(name: str, help_text: str, model_name: str, histogram: Histogram) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(f"kvbuffer:{name}", help_text, labels=["model_name"])
+    buckets, total = [], 0
+    for bound, count in zip([*map(str, histogram.bounds), "+Inf"], histogram.counts, strict=True):
+        total += count
+        buckets.append((bound, total))
+    family.add_metric([model_name], buckets, histogram.sum)
+    return family
+
+
+def make_registry(engine: AsyncEngine, model_name: str) -> CollectorRegistry:
+    """Return the registry that ``/metrics`` writes out; each application has its own."""
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(engine, model_name))
+    ProcessCollector(registry=registry)
+    return registry

@@ -1,0 +1,189 @@
+"""Bodies of the requests: OpenAI's fields, and vLLM's beyond them.
+
+Types are strict and unknown fields are refused, so that nothing a client asks for is silently ignored. A
+documented field that this server does not implement is accepted only at the values that ask for nothing
+(``NEUTRAL_VALUES``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import PydanticCustomError
+
+#: Names of fields, and the values at which each changes nothing.
+NeutralValues = dict[str, tuple[JsonValue, ...]]
+
+
+def invalid(message: str, param: str | None = None) -> PydanticCustomError:
+    """Return the error for a validator to raise; ``param`` names the field where the location does not."""
+    # Braces in the message would be read as a template.
+    context = {"message": message} if param is None else {"message": message, "param": param}
+    return PydanticCustomError("invalid", "{message}", context)
+
+
+class StrictModel(BaseModel):
+    """A JSON object whose fields are all checked."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    #: Documented fields that are not implemented, with the values at which they change nothing.
+    NEUTRAL_VALUES: ClassVar[NeutralValues] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or cls.NEUTRAL_VALUES.keys().isdisjoint(data):
+            return data
+        for name, neutral in cls.NEUTRAL_VALUES.items():
+            if name in data and data[name] not in neutral:
+                raise invalid(f"{name} is not supported by this server; leave it out", name)
+        return {name: value for name, value in data.items() if name not in cls.NEUTRAL_VALUES}
+
+
+class RequestBody(StrictModel):
+    """What all bodies share."""
+
+    model: str | None = None
+
+
+class StreamOptions(StrictModel):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    #: vLLM: usage so far in every chunk.
+    continuous_usage_stats: bool | None = None
+    #: OpenAI pads its chunks against traffic analysis; this server never does.
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponseFormat(StrictModel):
+    """The form of the answer; only free text is implemented."""
+
+    type: Literal["text"]
+
+
+def _stop_list(value: Any) -> Any:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list | None):
+        return value
+    raise invalid("must be a string or a list of strings")
+
+
+def _token_biases(value: Any) -> Any:
+    """JSON has string keys only; token ids are integers."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {int(token_id): bias for token_id, bias in value.items()}
+    except ValueError:
+        raise invalid("the keys must be token ids written as decimal strings") from None
+
+
+class SamplingBody(RequestBody):
+    """Fields that both kinds of completion share; None means the model's default."""
+
+    NEUTRAL_VALUES: ClassVar[NeutralValues] = {
+        "allowed_token_ids": (None,),
+        "bad_words": (None, []),
+        "best_of": (None, 1),
+        "cache_salt": (None,),
+        "guided_choice": (None,),
+        "guided_grammar": (None,),
+        "guided_json": (None,),
+        "guided_regex": (None,),
+        "kv_transfer_params": (None,),
+        "length_penalty": (None, 1.0),
+        "logits_processors": (None,),
+        "priority": (None, 0),
+        "prompt_logprobs": (None,),
+        "repetition_detection": (None,),
+        "return_token_ids": (None, False),
+        "return_tokens_as_token_ids": (None, False),
+        "spaces_between_special_tokens": (None, True),
+        "structured_outputs": (None,),
+        "truncate_prompt_tokens": (None,),
+        "use_beam_search": (None, False),
+        "vllm_xargs": (None,),
+    }
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_token_biases)] = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stop_list)] = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool = True
+
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    # Accepted because they change nothing that the client receives.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> SamplingBody:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options is allowed only when stream is true", "stream_options")
+        return self
+
+
+def _prompt_list(value: Any) -> Any:
+    """Bring the four forms of a prompt to one, a list, and say what the forms are when it is none of them."""
+    if isinstance(value, str) or (isinstance(value, list) and value and _is_token_ids(value)):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(item, str) or _is_token_ids(item) for item in value):
+        return value
+    raise invalid("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token_id) is int for token_id in value)
+
+
+class CompletionRequest(SamplingBody):
+    """``POST /v1/completions``."""
+
+    NEUTRAL_VALUES: ClassVar[NeutralValues] = SamplingBody.NEUTRAL_VALUES | {
+        "prompt_embeds": (None,),
+        "suffix": (None, ""),
+    }
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompt_list)]
+    add_special_tokens: bool = True
+    echo: bool = False
+    logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise invalid("echo with logprobs is not supported: there are no logprobs of prompts", "echo")
+        return self
+
+
+class TokenizeTextRequest(RequestBody):
+    """``POST /tokenize`` with a text."""
+
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(RequestBody):
+    """``POST /detokenize``."""
+
+    tokens: list[int]

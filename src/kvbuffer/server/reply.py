@@ -1,0 +1,244 @@
+"""How the deltas of one HTTP request become its answer, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from json.encoder import encode_basestring_ascii as json_string
+from typing import Any
+
+from kvbuffer.engine.request import CompletionDelta, FinishReason, TokenLogprob
+from kvbuffer.errors import KVBufferError
+from kvbuffer.server.errors import APIError
+
+#: JSON has no infinity; this stands for the logprob of a token that cannot be drawn (vLLM's value).
+MIN_LOGPROB = -9999.0
+
+END_OF_STREAM = b"data: [DONE]\n\n"
+
+
+def error_event(error: APIError) -> bytes:
+    """Return the event that tells a streaming client what went wrong."""
+    return b"data: " + error.body() + b"\n\n"
+
+
+class Reply(ABC):
+    """The answer to one HTTP request: one engine request per choice of each prompt.
+
+    A streamed chunk is cut from strings made once per reply; only the delta's text is encoded for each token.
+
+    Attributes:
+        request_id: id of the answer; the engine's request of choice ``i`` is ``f"{request_id}-{i}"``.
+    """
+
+    object_name: str
+    chunk_object_name: str
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        *,
+        num_prompts: int,
+        choices_per_prompt: int,
+        token_text: Callable[[int], str],
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+    ) -> None:
+        self.request_id = request_id
+        self._model = model
+        self._created = int(time.time())
+        num_choices = num_prompts * choices_per_prompt
+        self._choices_per_prompt = choices_per_prompt
+        self._token_text = token_text
+        self._include_usage = include_usage
+        self._continuous_usage = include_usage and continuous_usage
+        self._index = {f"{request_id}-{i}": i for i in range(num_choices)}
+        self._last: list[CompletionDelta | None] = [None] * num_choices
+        self._texts: list[list[str]] = [[] for _ in range(num_choices)]
+        self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(num_choices)]
+        head = json.dumps({"id": request_id, "object": self.chunk_object_name} | self._common_fields())
+        self._chunk_head = f'data: {head[:-1]}, "choices": ['
+        self._chunk_tail = '], "usage": null}\n\n' if include_usage else "]}\n\n"
+
+    @abstractmethod
+    def choice_chunk(self, index: int, delta: CompletionDelta) -> str:
+        """Return the JSON of choice ``index`` in a streamed chunk."""
+
+    @abstractmethod
+    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        """Return the JSON fields of choice ``index`` in a whole answer, but for why it ended."""
+
+    def events(self, deltas: Iterable[CompletionDelta]) -> bytes:
+        """Return the server-sent events for ``deltas``; empty when they hold nothing to show yet.
+
+        Raises:
+            KVBufferError: the engine gave one of the requests up.
+        """
+        events = []
+        for delta in deltas:
+            index = self._account(delta)
+            if delta.text or delta.logprobs or delta.finish_reason is not None:
+                tail = self._chunk_tail
+                if self._continuous_usage:
+                    tail = f'], "usage": {json.dumps(self.usage())}}}\n\n'
+                events.append(f"{self._chunk_head}{self.choice_chunk(index, delta)}{tail}")
+        return "".join(events).encode("ascii")
+
+    def last_events(self) -> bytes:
+        """Return what ends a stream: the usage if it was asked for, and the end marker."""
+        if not self._include_usage:
+            return END_OF_STREAM
+        return f'{self._chunk_head}], "usage": {json.dumps(self.usage())}}}\n\n'.encode("ascii") + END_OF_STREAM
+
+    def add(self, deltas: Iterable[CompletionDelta]) -> None:
+        """Collect ``deltas`` for a whole answer.
+
+        Raises:
+            KVBufferError: the engine gave one of the requests up.
+        """
+        for delta in deltas:
+            index = self._account(delta)
+            self._texts[index].append(delta.text)
+            self._logprobs[index].extend(delta.logprobs or ())
+
+    def body(self, with_logprobs: bool) -> bytes:
+        """Return the whole answer as JSON."""
+        choices = []
+        for index, last in enumerate(self._last):
+            logprobs = self._logprobs[index] if with_logprobs else None
+            choice = self.choice(index, "".join(self._texts[index]), logprobs)
+            if last is not None:
+                choice["finish_reason"] = last.finish_reason
+                choice["stop_reason"] = last.stop_reason
+            choices.append(choice)
+        fields = {"id": self.request_id, "object": self.object_name} | self._common_fields()
+        return json.dumps(fields | {"choices": choices, "usage": self.usage()}).encode("ascii")
+
+    def usage(self) -> dict[str, Any]:
+        """Return the tokens so far; a prompt counts once, however many choices it has."""
+        prompts = [last for last in self._last[:: self._choices_per_prompt] if last is not None]
+        prompt_tokens = sum(last.num_prompt_tokens for last in prompts)
+        completion_tokens = sum(last.num_output_tokens for last in self._last if last is not None)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(last.num_cached_tokens for last in prompts)},
+        }
+
+    def _account(self, delta: CompletionDelta) -> int:
+        """Remember the delta as its choice's last one and return the choice's index.
+
+        Raises:
+            KVBufferError: the engine gave the request up.
+        """
+        if delta.finish_reason is FinishReason.ABORT:
+            raise KVBufferError(f"The request was stopped: {delta.stop_reason}.")
+        index = self._index[delta.request_id]
+        self._last[index] = delta
+        return index
+
+    def _common_fields(self) -> dict[str, Any]:
+        return {"created": self._created, "model": self._model}
+
+    @staticmethod
+    def _ending(delta: CompletionDelta) -> str:
+        """Return the fields that end a streamed choice."""
+        if delta.finish_reason is None:
+            return '"finish_reason": null}'
+        stop_reason = json.dumps(delta.stop_reason)
+        return f'"finish_reason": "{delta.finish_reason.value}", "stop_reason": {stop_reason}}}'
+
+
+class ChatReply(Reply):
+    """Answers ``/v1/chat/completions``."""
+
+    object_name = "chat.completion"
+    chunk_object_name = "chat.completion.chunk"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._started = [False] * len(self._index)
+
+    def choice_chunk(self, index: int, delta: CompletionDelta) -> str:
+        """Return a chunk's choice; the first one of a choice carries the role."""
+        role = ""
+        if not self._started[index]:
+            self._started[index] = True
+            role = '"role": "assistant", '
+        logprobs = "null" if delta.logprobs is None else json.dumps(self._chat_logprobs(delta.logprobs))
+        return (
+            f'{{"index": {index}, "delta": {{{role}"content": {json_string(delta.text)}}}, '
+            f'"logprobs": {logprobs}, {self._ending(delta)}'
+        )
+
+    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        """Return the choice with its message."""
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None if logprobs is None else self._chat_logprobs(logprobs),
+        }
+
+    def _chat_logprobs(self, logprobs: Iterable[TokenLogprob]) -> dict[str, Any]:
+        content = [
+            self._token_entry(token.token_id, token.logprob)
+            | {"top_logprobs": [self._token_entry(*candidate) for candidate in token.top]}
+            for token in logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token_entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._token_text(token_id)
+        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(text.encode())}
+
+
+class CompletionReply(Reply):
+    """Answers ``/v1/completions``; ``echoes`` holds each prompt's text to repeat, or ""."""
+
+    object_name = "text_completion"
+    chunk_object_name = "text_completion"
+
+    def __init__(self, *args: Any, echoes: list[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._echoes = [echo for echo in echoes for _ in range(self._choices_per_prompt)]
+        self._text_offsets = [0] * len(self._index)
+
+    def choice_chunk(self, index: int, delta: CompletionDelta) -> str:
+        """Return a chunk's choice; the first one of a choice repeats the prompt if that was asked for."""
+        echo, self._echoes[index] = self._echoes[index], ""
+        logprobs = "null" if delta.logprobs is None else json.dumps(self._text_logprobs(index, delta.logprobs))
+        return (
+            f'{{"index": {index}, "text": {json_string(echo + delta.text)}, '
+            f'"logprobs": {logprobs}, {self._ending(delta)}'
+        )
+
+    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        """Return the choice with its text."""
+        return {
+            "index": index,
+            "text": self._echoes[index] + text,
+            "logprobs": None if logprobs is None else self._text_logprobs(index, logprobs),
+        }
+
+    def _text_logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        tokens = [self._token_text(token.token_id) for token in logprobs]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._text_offsets[index])
+            self._text_offsets[index] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in logprobs],
+            "top_logprobs": [
+                {
+                    self._token_text(token_id): max(logprob, MIN_LOGPROB)
+                    for token_id, logprob in [*token.top, (token.token_id, token.logprob)]
+                }
+                for token in logprobs
+            ],
+            "text_offset": offsets,
+        }

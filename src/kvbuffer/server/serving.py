@@ -1,0 +1,141 @@
+"""From a checked request body to the engine and back."""
+
+from __future__ import annotations
+
+import uuid
+from functools import cache
+from typing import Any
+
+from fastapi import Request, Response
+
+from kvbuffer.engine.async_engine import AsyncEngine, EngineInput
+from kvbuffer.engine.sampling_params import SamplingParams
+from kvbuffer.server.chat_protocol import ChatCompletionRequest
+from kvbuffer.server.errors import APIError
+from kvbuffer.server.prompts import PromptEncoder
+from kvbuffer.server.protocol import CompletionRequest, SamplingBody
+from kvbuffer.server.reply import ChatReply, CompletionReply, Reply
+from kvbuffer.server.stream import EventStream, whole_answer
+
+#: OpenAI's default of ``max_tokens`` in completions; chats may run until the context is full.
+COMPLETION_MAX_TOKENS = 16
+
+# Fields with the same name and meaning in a body and in SamplingParams.
+_SAMPLING_FIELDS = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),
+    "skip_special_tokens",
+)
+
+
+class Serving:
+    """What the endpoints share.
+
+    Attributes:
+        engine: runs the requests.
+        prompts: makes token ids of texts and conversations.
+        model_name: the name that requests call the model by.
+        token_text: text of one token id, special tokens included.
+    """
+
+    def __init__(self, engine: AsyncEngine, chat_template: str | None = None) -> None:
+        tokenizer = engine.engine.tokenizer
+        config = engine.engine.config
+        self.engine = engine
+        self.prompts = PromptEncoder(tokenizer, chat_template)
+        self.model_name: str = config.served_model_name or config.model
+        self.token_text = cache(lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False))
+
+    def check_model(self, name: str | None) -> None:
+        """Raise 404 when a request names another model; it may name none."""
+        if name is not None and name != self.model_name:
+            message = f"The model {name!r} does not exist; this server serves {self.model_name!r}."
+            raise APIError(404, message, "model", "model_not_found")
+
+    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer ``/v1/chat/completions``."""
+        self.check_model(body.model)
+        prompt = await self.prompts.render(body)
+        max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        params = self._sampling_params(body, max_tokens, num_logprobs)
+        reply = ChatReply(
+            _request_id("chatcmpl", body),
+            self.model_name,
+            num_prompts=1,
+            choices_per_prompt=params.n,
+            token_text=self.token_text,
+            **_usage_options(body),
+        )
+        return await self._answer(body, request, [prompt], params, reply)
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        """Answer ``/v1/completions``."""
+        self.check_model(body.model)
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        encoded = iter(await self.prompts.encode(texts, body.add_special_tokens))
+        prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+        max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        params = self._sampling_params(body, max_tokens, body.logprobs)
+        reply = CompletionReply(
+            _request_id("cmpl", body),
+            self.model_name,
+            num_prompts=len(prompts),
+            choices_per_prompt=params.n,
+            token_text=self.token_text,
+            echoes=[self._echo(body, prompt) for prompt in body.prompt],
+            **_usage_options(body),
+        )
+        return await self._answer(body, request, prompts, params, reply)
+
+    def _echo(self, body: CompletionRequest, prompt: str | list[int]) -> str:
+        if not body.echo:
+            return ""
+        if isinstance(prompt, str):
+            return prompt
+        self.check_token_ids(prompt, "prompt")
+        return self.engine.engine.tokenizer.decode(prompt, skip_special_tokens=body.skip_special_tokens)
+
+    def check_token_ids(self, token_ids: list[int], param: str) -> None:
+        """Raise 400 when an id is outside the vocabulary; decoding it would fail in the tokeniser."""
+        vocab_size = self.engine.engine.tokenizer.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise APIError(400, f"Token id {token_id} is outside the vocabulary (0 to {vocab_size - 1}).", param)
+
+    def _sampling_params(self, body: SamplingBody, max_tokens: int | None, num_logprobs: int | None) -> SamplingParams:
+        """Return the parameters: the request's, else the model's own defaults, else the usual ones."""
+        fields: dict[str, Any] = dict(self.engine.engine.generation_defaults)
+        fields |= {name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
+        fields |= {"max_tokens": max_tokens, "logprobs": num_logprobs}
+        return SamplingParams(**fields)
+
+    async def _answer(
+        self,
+        body: SamplingBody,
+        request: Request,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        reply: Reply,
+    ) -> Response:
+        pairs = [(prompt, params.for_choice(i)) for prompt in prompts for i in range(params.n)]
+        inputs = [EngineInput(f"{reply.request_id}-{i}", prompt, choice) for i, (prompt, choice) in enumerate(pairs)]
+        deltas = await self.engine.submit(inputs)
+        if body.stream:
+            return EventStream(deltas, reply)
+        return await whole_answer(request, deltas, reply, with_logprobs=params.logprobs is not None)
+
+
+def _request_id(prefix: str, body: SamplingBody) -> str:
+    return f"{prefix}-{body.request_id or uuid.uuid4().hex}"
+
+
+def _usage_options(body: SamplingBody) -> dict[str, bool]:
+    options = body.stream_options
+    if options is None:
+        return {}
+    return {
+        "include_usage": bool(options.include_usage),
+        "continuous_usage": bool(options.continuous_usage_stats),
+    }

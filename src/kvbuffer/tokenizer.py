@@ -1,0 +1,76 @@
+"""The checkpoint's tokenizer and chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from kvbuffer.errors import InvalidRequestError, ModelError
+
+
+class Tokenizer:
+    """A thin wrapper of transformers' tokenizer.
+
+    Args:
+        folder: checkpoint folder.
+
+    Attributes:
+        vocab_size: token ids are below this.
+        eos_token_id: the tokenizer's own end of sequence, if it has one.
+        has_chat_template: whether :meth:`apply_chat_template` works without a template of the caller's.
+
+    Raises:
+        ModelError: the folder holds no tokenizer that transformers can load.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"no usable tokenizer in {folder}: {error}") from None
+        self.vocab_size: int = len(self._tokenizer)
+        self.eos_token_id: int | None = self._tokenizer.eos_token_id
+        self.has_chat_template: bool = bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of ``text``."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of ``ids``, unchanged by any clean-up of spaces; unknown ids are left out."""
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Return the token ids of a conversation.
+
+        Raises:
+            InvalidRequestError: there is no template, or it refuses these messages.
+        """
+        if not self.has_chat_template and "chat_template" not in kwargs:
+            raise InvalidRequestError("this model has no chat template; use /v1/completions", "messages")
+        try:
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+                **kwargs,
+            )
+        except Exception as error:  # a Jinja template may raise anything
+            raise InvalidRequestError(
+                f"the chat template refused the messages: {error}", "messages"
+            ) from None
+        return ids

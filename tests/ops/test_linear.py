@@ -1,0 +1,170 @@
+"""A packed dense layer computes x Wᵀ + b: close to float64, and with bits that depend on nothing but the row itself."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from kvbuffer.ops import dispatch
+from kvbuffer.ops import linear as linear_module
+from kvbuffer.ops.activation import swiglu
+from kvbuffer.ops.linear import Linear
+
+DTYPES = [torch.float32, torch.bfloat16]
+# (N, K): single elements, odd and prime sizes, below, at and above the sizes of panels and K blocks, a deep K.
+SHAPES = [(1, 1), (1, 300), (3, 1), (32, 16), (33, 17), (100, 65), (257, 129), (64, 1030), (8, 5000)]
+ROWS = [0, 1, 2, 3, 5, 11, 12, 13, 25, 64, 70, 300]
+ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
+
+needs_kernels = pytest.mark.skipif(dispatch.cpu_kernels() is None, reason="no compiled kernels")
+
+
+@pytest.fixture(params=["compiled", "portable"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "portable":
+        monkeypatch.setattr(dispatch, "cpu_kernels", lambda: None)
+    elif dispatch.cpu_kernels() is None:
+        pytest.skip("no compiled kernels")
+    return str(request.param)
+
+
+@pytest.fixture(params=["float32", "bfloat16 widened", "bfloat16 dot product"])
+def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, int]:
+    """Every way the compiled kernels compute products: the dtype and the code that selects it."""
+    with open("/proc/cpuinfo") as info:
+        has_dot_product = "avx512_bf16" in info.read()
+    if request.param == "bfloat16 dot product" and not has_dot_product:
+        pytest.skip("this CPU has no bfloat16 dot product")
+    code = ["float32", "bfloat16 widened", "bfloat16 dot product"].index(request.param)
+    monkeypatch.setattr(linear_module, "compute_code", lambda lib, dtype: code)
+    return DTYPES[min(code, 1)], code
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, k: int) -> None:
+    """Compare by RMS: the one rounding of the result, plus float32 sums of k products of standard normal numbers."""
+    error, size = ((t.double().square().mean()) ** 0.5 for t in (actual - expected, expected))
+    assert error <= ROUNDING[actual.dtype] * size + 2e-6 * k**0.5
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_matches_float64(backend: str, dtype: torch.dtype, shape: tuple[int, int], with_bias: bool) -> None:
+    n, k = shape
+    weight = random(n, k, dtype=dtype)
+    bias = random(n, dtype=dtype, seed=1) if with_bias else None
+    layer = Linear(weight, bias)
+    assert (layer.out_features, layer.in_features, layer.dtype) == (n, k, dtype)
+    for m in ROWS:
+        x = random(m, k, dtype=dtype, seed=2)
+        y = layer(x)
+        assert y.shape == (m, n)
+        assert y.dtype == dtype
+        if m:
+            expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+            assert_close(y, expected, k)
+
+
+@pytest.mark.parametrize("shape", [(64, 1030), (257, 129), (33, 2050)], ids=str)
+def test_every_way_of_computing_matches_float64(packed: tuple[torch.dtype, int], shape: tuple[int, int]) -> None:
+    dtype, _ = packed
+    weight, x = random(*shape, dtype=dtype), random(70, shape[1], dtype=dtype)
+    expected = x.double() @ weight.double().T
+    assert_close(Linear(weight)(x), expected, shape[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 300), (257, 129), (100, 2050)], ids=str)
+def test_rows_do_not_depend_on_the_batch(packed: tuple[torch.dtype, int], shape: tuple[int, int]) -> None:
+    dtype, _ = packed
+    layer = Linear(random(*shape, dtype=dtype), random(shape[0], dtype=dtype))
+    x = random(1000, shape[1], dtype=dtype)
+    alone = torch.cat([layer(x[i : i + 1]) for i in range(len(x))])
+    for m in [*ROWS, 241, 512, 1000]:
+        for start in {0, len(x) - m}:
+            assert torch.equal(layer(x[start : start + m]), alone[start : start + m])
+
+
+@needs_kernels
+def test_results_do_not_depend_on_the_number_of_threads(
+    packed: tuple[torch.dtype, int], threads: Callable[[int], None]
+) -> None:
+    dtype, _ = packed
+    layer, x = Linear(random(1000, 515, dtype=dtype)), random(300, 515, dtype=dtype)
+    results = []
+    for count in [1, 2, 3]:
+        threads(count)
+        results.append([layer(x[:m]) for m in [1, 7, 300]])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reads_and_writes_only_what_it_is_given(dtype: torch.dtype) -> None:
+    """Slices of wider tensors: NaN around the inputs must not leak in, nothing around the output may change."""
+    n, k, m = 37, 21, 14
+    weight = torch.full((n + 2, k + 2), torch.nan, dtype=dtype)
+    weight[1:-1, 1:-1] = random(n, k, dtype=dtype)
+    wide_x = torch.full((m + 2, k + 8), torch.nan, dtype=dtype)
+    wide_x[1:-1, 3 : 3 + k] = random(m, k, dtype=dtype)
+    wide_out = torch.full((m + 2, n + 8), 7.0, dtype=dtype)
+    x, out = wide_x[1:-1, 3 : 3 + k], wide_out[1:-1, 5 : 5 + n]
+    layer = Linear(weight[1:-1, 1:-1])
+    weight.fill_(torch.nan)  # the packed copy is the layer's own
+    assert layer(x, out=out) is out
+    assert torch.equal(out, layer(x.contiguous()))
+    assert out.isfinite().all()
+    wide_out[1:-1, 5 : 5 + n] = 7.0
+    assert (wide_out == 7.0).all()
+
+
+def test_non_finite_values_stay_in_their_row_and_column(backend: str) -> None:
+    weight, x = random(40, 50, dtype=torch.float32), random(20, 50, dtype=torch.float32)
+    clean = Linear(weight)(x)
+    x[3, 7], weight[11, 2] = torch.inf, torch.nan
+    y = Linear(weight)(x)
+    touched = torch.zeros_like(y, dtype=torch.bool)
+    touched[3], touched[:, 11] = True, True
+    assert not y[touched].isfinite().any()
+    assert torch.allclose(y[~touched], clean[~touched], atol=1e-5)
+
+
+def test_writes_into_out(backend: str) -> None:
+    layer, x = Linear(random(10, 6, dtype=torch.float32)), random(4, 6, dtype=torch.float32)
+    out = torch.empty(4, 10)
+    assert layer(x, out=out) is out
+    assert torch.equal(out, layer(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_rounds_like_separate_operators(backend: str, dtype: torch.dtype) -> None:
+    for m, width in [(0, 8), (1, 1), (3, 17), (5, 64), (300, 100)]:
+        gate_up = 3 * random(m, 2 * width, dtype=dtype)
+        gate, up = gate_up.chunk(2, dim=-1)
+        expected = (torch.nn.functional.silu(gate.double()).to(dtype) * up).to(dtype)
+        y = swiglu(gate_up)
+        assert y.shape == (m, width)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, expected, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_of_extreme_gates(backend: str, dtype: torch.dtype) -> None:
+    gate = torch.tensor([-torch.inf, -1e4, -0.0, 0.0, 1e4, torch.nan], dtype=dtype)
+    y = swiglu(torch.cat([gate, torch.ones(6, dtype=dtype)])[None])[0]
+    assert y[1:4].abs().max() < 1e-30
+    assert y[4] == gate[4]
+    assert y[5].isnan()
