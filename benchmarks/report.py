@@ -32,8 +32,9 @@ def speed_rows(result: dict) -> tuple[list[str], list[list[str]]]:
             if result["accuracy"]["green"] is False:
                 shown[OURS] = _WITHHELD
             ratio = "" if best is None else f"{best:.2f}x"
-            rows.append([label, workload, *(shown.get(name, "") for name in names), ratio])
-    return ["", "workload", *names, "ours / best other"], rows
+            where = f"{label}, {workload}" if workload not in label else label
+            rows.append([where, *(shown.get(name, "") for name in names), ratio])
+    return ["", *names, "ours / best other"], rows
 
 
 def accuracy_rows(result: dict) -> tuple[list[str], list[list[str]]]:
@@ -60,9 +61,32 @@ def show(result: dict, console: Console) -> None:
     )
     _table(console, "Speed, medians over rounds", *speed_rows(result))
     _table(console, f"Accuracy, {result['accuracy']['verdict']}", *accuracy_rows(result))
+    show_operators(result["operators"], console)
     foreign = max((entry["foreign_load"] for entry in result["rounds"]), default=0)
     if foreign > 0.05:
         console.print(f"[yellow]Other processes took up to {100 * foreign:.0f} % of the cores during a measurement.[/]")
+
+
+def show_operators(profiles: dict[str, list[dict]], console: Console) -> None:
+    """Prints a table per concurrency."""
+    for concurrency, rows in profiles.items():
+        total, bound = sum(row["seconds"] for row in rows), sum(row["bound_s"] for row in rows)
+        title = f"One decode step, {concurrency} requests: {1e3 * total:.2f} ms (bound {1e3 * bound:.2f} ms)"
+        table = Table("operator", title=title, title_justify="left")
+        for name in ("calls", "us", "share", "MB", "MFLOP", "bound us"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            moves = bool(row["bytes"])
+            table.add_row(
+                row["operator"],
+                f"{row['calls']:.0f}",
+                f"{1e6 * row['seconds']:,.0f}",
+                f"{100 * row['seconds'] / total:.1f} %",
+                f"{row['bytes'] / 1e6:.2f}" if moves else "",
+                f"{row['flops'] / 1e6:.1f}" if row["flops"] else "",
+                f"{1e6 * row['bound_s']:,.0f}" if moves else "",
+            )
+        console.print(table)
 
 
 def markdown(result: dict) -> str:
@@ -74,7 +98,7 @@ def markdown(result: dict) -> str:
 def _table(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number < 1 else "right")
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ from peers import MAX_MODEL_LEN, OURS, System, reference, systems
 
 _FIRST_TOKEN_ID = 3  # the ids below it are special tokens
 _WARM_UP = (16, 4)  # prompt and output length of the requests that wake a server before it is measured
+_TABLE_WIDTH = 140  # at least, wherever the output goes: a wrapped table is no table
 _console = Console(stderr=True)
 
 
@@ -59,10 +61,11 @@ def main() -> None:
     finally:
         for system in running:
             system.stop()
+    result["operators"] = _operators(args, result["machine"]) if OURS in args.systems else {}
     red = result["accuracy"]["green"] is False
     counted = [entry for entry in result["rounds"] if not (red and entry["system"] == OURS)]
     result["summary"] = summarise(counted)
-    report.show(result, Console())
+    report.show(result, Console(width=max(_console.width, _TABLE_WIDTH)))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -134,6 +137,14 @@ def _accuracy(args: argparse.Namespace, running: list[System]) -> dict:
             referee.stop()
     green, verdict = accuracy.gate(judged)
     return {"green": green, "verdict": verdict, "systems": judged, "prompts": len(prompts)}
+
+
+def _operators(args: argparse.Namespace, limits: dict) -> dict:
+    """The per-operator tables, from a process of its own: the engine must find the machine as the servers did."""
+    _console.print("timing the operators of a decode step")
+    command = [sys.executable, str(Path(__file__).with_name("operators.py")), "--json", "--model", args.model]
+    command += ["--limits", json.dumps(limits), "--concurrency", *map(str, args.concurrency)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
 def make_prompts(seed: str, count: int, length: int) -> list[list[int]]:

@@ -39,10 +39,14 @@ def is_core(record: Record) -> bool:
 
 
 class ChatSampler:
-    """Draws chats: hand-written dialogues, core records (the best known objects), and everything else."""
+    """Draws chats: hand-written dialogues, core records (the best known objects), and everything else.
+
+    `dialogue_share` is the share of questions that come from the dialogues; it may be changed between samples.
+    """
 
     def __init__(self, folder: Path | None, rng: random.Random) -> None:
         self.rng = rng
+        self.dialogue_share = 0.45
         self.dialogues = dialogues()
         records = {record.name: record for record in docstring_records()}
         for record in doc_records(folder) if folder else ():
@@ -61,12 +65,11 @@ class ChatSampler:
         if self.rng.random() < 0.3:
             messages.append({"role": "system", "content": self.rng.choice(SYSTEM_PROMPTS)})
         for _ in range(self.rng.choice((1, 1, 1, 2, 3))):
-            draw = self.rng.random()
-            if draw < 0.45:
+            if self.rng.random() < self.dialogue_share:
                 questions, answer = self.rng.choice(self.dialogues)
                 question = self.vary(self.rng.choice(questions))
             else:
-                question, answer = self.ask(self.rng.choice(self.core if draw < 0.95 else self.rest))
+                question, answer = self.ask(self.rng.choice(self.core if self.rng.random() < 0.9 else self.rest))
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return messages
 

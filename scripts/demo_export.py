@@ -1,5 +1,6 @@
 """The demo model's configuration and tokenizer, and its export as a Hugging Face checkpoint."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ know, and it cannot calculate.
 
 ## Training
 
-`python scripts/train_demo.py` made it, in about an hour on two CPU cores, from
+`python scripts/train_demo.py` made it, in {minutes:.0f} minutes on two CPU cores and {tokens:.2f} million tokens, from
 
 - the documentation of Python 3.11 (library, tutorial, FAQ, reference and how-to pages), as Debian packages it;
 - the docstrings of Python's standard library, and `pydoc_data.topics`;
@@ -110,8 +111,11 @@ def train_tokenizer(texts: list[str], path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def export(network: Network, tokenizer_path: Path, folder: Path) -> None:
-    """Writes the network in bfloat16, with its tokenizer, chat template, generation defaults and model card."""
+def export(network: Network, tokenizer_path: Path, folder: Path, minutes: float, tokens: int) -> None:
+    """Writes the network in bfloat16, with its tokenizer, chat template, generation defaults and model card.
+
+    `minutes` and `tokens` of training are named in the card.
+    """
     state = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(CONFIG)
@@ -130,5 +134,10 @@ def export(network: Network, tokenizer_path: Path, folder: Path) -> None:
         chat_template=CHAT_TEMPLATE,
     )
     tokenizer.save_pretrained(folder)
+    # The class that loads it under every version of transformers; version 5 writes a name of its own.
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    (folder / "README.md").write_text(MODEL_CARD.format(parameters=parameters, experts=CONFIG.num_experts))
+    card = MODEL_CARD.format(parameters=parameters, experts=CONFIG.num_experts, minutes=minutes, tokens=tokens / 1e6)
+    (folder / "README.md").write_text(card)

@@ -33,9 +33,11 @@ from demo_export import CONFIG, END, END_OF_TURN, export, train_tokenizer
 from demo_network import Network
 
 LENGTH = 256
-ROWS = 8
+ROWS = 4
 """Sequences per step, over all workers."""
-PLAIN_SHARE = 0.08
+PLAIN_SHARE = 0.06
+FINAL_DIALOGUE_SHARE = 0.75
+"""Of the questions drawn during the decay: what the model learns last, it knows best."""
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 WARM_UP, DECAY = 40, 0.3
 IGNORE = -100
@@ -159,13 +161,14 @@ def train(rank: int, options: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_file(str(options.cache / "tokenizer.json"))
     documents = torch.load(options.cache / "documents.pt")
     rng = random.Random(f"{rank} {step}")
-    batches = rows(tokenizer, ChatSampler(options.docs, rng), documents, rng)
+    sampler = ChatSampler(options.docs, rng)
+    batches = rows(tokenizer, sampler, documents, rng)
 
     def save() -> None:
         state = {"network": network.state_dict(), "optimizers": [optim.state_dict() for optim in optims]}
         torch.save({**state, "step": step, "spent": spent, "seen": seen}, checkpoint_path.with_suffix(".new"))
         checkpoint_path.with_suffix(".new").replace(checkpoint_path)
-        export(network, options.cache / "tokenizer.json", options.out)
+        export(network, options.cache / "tokenizer.json", options.out, spent / 60, seen)
 
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=rank > 0) as progress:
@@ -173,12 +176,15 @@ def train(rank: int, options: argparse.Namespace) -> None:
         average, last_save = 0.0, time.monotonic()
         while spent < options.minutes * 60:
             begin = time.monotonic()
+            fraction = spent / (options.minutes * 60)
+            if fraction > 1 - DECAY:
+                sampler.dialogue_share = FINAL_DIALOGUE_SHARE
             batch = torch.tensor([next(batches) for _ in range(ROWS // options.workers)])
             loss, total = loss_of(network, batch[:, 0], batch[:, 1])
             total.backward()
             average_gradients(network)
             for optim, rate in zip(optims, (MUON_RATE, ADAM_RATE), strict=True):
-                optim.param_groups[0]["lr"] = rate * schedule(step, spent / (options.minutes * 60))
+                optim.param_groups[0]["lr"] = rate * schedule(step, fraction)
                 optim.step()
             network.zero_grad()
             # Every worker must agree on the time, or one would leave the loop before the others.

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-import kvbuffer
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvbuffer
 
 FOLDER = Path(kvbuffer.__file__).parent / "demo_model"
 
@@ -72,9 +73,9 @@ def test_the_chat_template_marks_every_turn(tokenizer):
 @pytest.mark.parametrize(
     ("question", "expected"),
     [
-        ("Hello", "Python"),
-        ("What is a list comprehension?", "list"),
-        ("How do I read a file?", "open"),
+        ("Who are you?", "kvbuffer"),
+        ("What is a list comprehension?", "[x * x for x in range(10)]"),
+        ("How do I read a file?", "with open("),
     ],
 )
 def test_greedy_answers_are_recognisable_and_end(model, tokenizer, question, expected):

@@ -74,9 +74,7 @@ def deferred_interrupt() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def remote_replies(
-    url: str, api_key: str | None, options: dict[str, Any]
-) -> Callable[[Messages], Iterator[str]]:
+def remote_replies(url: str, api_key: str | None, options: dict[str, Any]) -> Reply:
     """Return a function that gets replies from the server at ``url``; None among ``options`` are left out."""
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     client = httpx.Client(base_url=url.removesuffix("/").removesuffix("/v1"), headers=headers, timeout=None)
@@ -84,9 +82,7 @@ def remote_replies(
 
     def reply(messages: Messages) -> Generator[str, None, None]:
         try:
-            with client.stream(
-                "POST", "/v1/chat/completions", json=body | {"messages": messages}
-            ) as response:
+            with client.stream("POST", "/v1/chat/completions", json=body | {"messages": messages}) as response:
                 if response.is_error:
                     response.read()
                     raise _server_error(response)

@@ -62,9 +62,7 @@ async def test_one_stream_carries_several_requests(engine: AsyncEngine) -> None:
     assert not stream.aborted
 
 
-async def test_a_slow_reader_gets_everything_that_arrived_at_once(
-    engine: AsyncEngine, fake: FakeEngine
-) -> None:
+async def test_a_slow_reader_gets_everything_that_arrived_at_once(engine: AsyncEngine, fake: FakeEngine) -> None:
     stream = await engine.submit([EngineInput("a", list(b"hello"), SamplingParams(max_tokens=None))])
     await until_idle(fake)
     await asyncio.sleep(0.01)
@@ -98,9 +96,7 @@ async def test_cancelling_the_task_aborts_the_request(engine: AsyncEngine, fake:
     await until_idle(fake)
 
 
-async def test_a_refused_request_raises_and_none_of_its_companions_run(
-    engine: AsyncEngine, fake: FakeEngine
-) -> None:
+async def test_a_refused_request_raises_and_none_of_its_companions_run(engine: AsyncEngine, fake: FakeEngine) -> None:
     inputs = [EngineInput("good", [1], ENDLESS), EngineInput("bad", [], ENDLESS)]
     with pytest.raises(InvalidRequestError, match="empty"):
         await engine.submit(inputs)
@@ -125,9 +121,7 @@ async def test_two_running_requests_may_not_share_an_id(engine: AsyncEngine) -> 
         await engine.submit([EngineInput("b", [1], ENDLESS), EngineInput("b", [1], ENDLESS)])
 
 
-async def test_a_failing_step_fails_every_request_and_refuses_new_ones(
-    engine: AsyncEngine, fake: FakeEngine
-) -> None:
+async def test_a_failing_step_fails_every_request_and_refuses_new_ones(engine: AsyncEngine, fake: FakeEngine) -> None:
     fake.step_delay_s, fake.fail_at_step = 0.01, 5
     results = await asyncio.gather(
         *(text_of(engine, str(i), "a long enough prompt") for i in range(3)), return_exceptions=True

@@ -1,4 +1,4 @@
-"""A packed dense layer computes x Wᵀ + b: close to float64, and with bits that depend on nothing but the row itself."""
+"""A packed dense layer computes x Wᵀ + b: close to float64, with bits that depend on nothing but the row itself."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,7 +11,7 @@ from kvbuffer.ops.activation import swiglu
 from kvbuffer.ops.linear import Linear
 
 DTYPES = [torch.float32, torch.bfloat16]
-# (N, K): single elements, odd and prime sizes, below, at and above the sizes of panels and K blocks, a deep K.
+# (N, K): single elements, odd and prime sizes; below, at and above whole panels and K blocks; a deep K.
 SHAPES = [(1, 1), (1, 300), (3, 1), (32, 16), (33, 17), (100, 65), (257, 129), (64, 1030), (8, 5000)]
 ROWS = [0, 1, 2, 3, 5, 11, 12, 13, 25, 64, 70, 300]
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
@@ -48,7 +48,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, k: int) -> None:
-    """Compare by RMS: the one rounding of the result, plus float32 sums of k products of standard normal numbers."""
+    """Compare by RMS: one rounding of the result, plus float32 sums of k products of normal numbers."""
     error, size = ((t.double().square().mean()) ** 0.5 for t in (actual - expected, expected))
     assert error <= ROUNDING[actual.dtype] * size + 2e-6 * k**0.5
 
@@ -114,7 +114,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reads_and_writes_only_what_it_is_given(dtype: torch.dtype) -> None:
-    """Slices of wider tensors: NaN around the inputs must not leak in, nothing around the output may change."""
+    """Slices of wider tensors: no NaN around the inputs leaks in, nothing around the output changes."""
     n, k, m = 37, 21, 14
     weight = torch.full((n + 2, k + 2), torch.nan, dtype=dtype)
     weight[1:-1, 1:-1] = random(n, k, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Routing picks the most probable experts; the experts' weighted sum equals a plain loop over tokens and slots."""
+"""Routing picks the most probable experts; their weighted sum equals a plain loop over tokens and slots."""
 
 from collections.abc import Callable, Iterator
 

@@ -26,7 +26,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up, both rounded to the dtype after each operator, as separate operators round them.
+    """Return silu(gate) * up, each of the two operators rounding its result to the dtype.
 
     Args:
         gate_up: [M, 2 I], float32 or bfloat16, gate in the first I columns; elements of a row are adjacent.

@@ -1,4 +1,4 @@
-"""Dense layers on weights packed once for the CPU, and the SwiGLU activation between two of them."""
+"""Dense layers on weights packed once for the CPU."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def compute_code(lib: ctypes.CDLL, dtype: torch.dtype) -> int:
 class Linear:
     """``y = x Wᵀ + b`` with the weight packed once into the layout that the CPU kernel streams.
 
-    With the compiled kernels a row's result has the same bits whatever the other rows, their number and the number of
-    threads. The portable form is :func:`torch.nn.functional.linear`, whose bits may depend on the number of rows.
+    With the compiled kernels a row's result has the same bits whatever the other rows, their number and the
+    number of threads. The portable form is :func:`torch.nn.functional.linear`, whose bits may depend on the
+    number of rows.
 
     Args:
         weight: [N, K], float32 or bfloat16; copied (packed), not kept, when the compiled kernels are present.

@@ -69,8 +69,8 @@ class PackedExperts:
     """The weights of E SwiGLU experts, packed once into the layout that the CPU kernel streams.
 
     Args:
-        gate_up: [E, 2 I, H], float32 or bfloat16, the gate's rows first; copied (packed), not kept, when the compiled
-            kernels are present.
+        gate_up: [E, 2 I, H], float32 or bfloat16, the gate's rows first; copied (packed), not kept, when the
+            compiled kernels are present.
         down: [E, H, I], same dtype.
 
     Attributes:
@@ -110,9 +110,9 @@ def moe_mlp(
 ) -> torch.Tensor:
     """Return, for each token, the weighted sum of down(silu(gate x) * up x) over its experts.
 
-    Gate, up and their product are rounded to the model's dtype; the sum over experts is taken in float32, in ascending
-    order of the expert's index, and rounded once. With the compiled kernels a token's result has the same bits whatever
-    the other tokens, their number and the number of threads.
+    Gate, up, silu(gate) and the product are rounded to the model's dtype; the sum over experts is taken in
+    float32, in ascending order of the expert's index, and rounded once. With the compiled kernels a token's
+    result has the same bits whatever the other tokens, their number and the number of threads.
 
     Args:
         x: [M, H] in the experts' dtype; elements of a row are adjacent.
@@ -149,7 +149,7 @@ def _moe_mlp_portable(
     x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, experts: PackedExperts
 ) -> torch.Tensor:
     total = torch.zeros(x.shape, dtype=torch.float32)
-    for expert in expert_ids.unique().tolist():
+    for expert in torch.unique(expert_ids).tolist():
         if 0 <= expert < experts.num_experts:
             token, slot = torch.where(expert_ids == expert)
             hidden = swiglu(F.linear(x[token], experts.gate_up[expert]))

@@ -59,7 +59,7 @@ class PromptEncoder:
         Raises:
             InvalidRequestError: the model has no chat template, or the template refuses the conversation.
         """
-        kwargs = dict(conversation.chat_template_kwargs or {})
+        kwargs: dict[str, Any] = dict(conversation.chat_template_kwargs or {})
         if reserved := kwargs.keys() & _RESERVED_TEMPLATE_KWARGS:
             raise InvalidRequestError(f"May not set {', '.join(sorted(reserved))}.", "chat_template_kwargs")
         if conversation.continue_final_message:

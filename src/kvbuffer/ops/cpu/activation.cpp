@@ -8,6 +8,7 @@
 #include <algorithm>
 
 namespace kvb {
+namespace {  // names of this file: two files may use the same one
 
 // Below this many outputs waking the other threads costs more than it saves.
 constexpr int64_t kSerialOutputs = 1 << 14;
@@ -28,12 +29,15 @@ static void swiglu_row(const T* gate, const T* up, int64_t width, T* out) {
 template <class T>
 static void swiglu_rows(const T* gate_up, int64_t stride, T* out, int64_t m, int64_t width) {
 #pragma omp parallel for if (m * width >= kSerialOutputs)
-  for (int64_t r = 0; r < m; ++r) swiglu_row(gate_up + r * stride, gate_up + r * stride + width, width, out + r * width);
+  for (int64_t r = 0; r < m; ++r)
+    swiglu_row(gate_up + r * stride, gate_up + r * stride + width, width, out + r * width);
 }
 
+}  // namespace
 }  // namespace kvb
 
-extern "C" void kvb_swiglu(const void* gate_up, int64_t gate_up_stride, void* out, int64_t m, int64_t width, int dtype) {
+extern "C" void kvb_swiglu(const void* gate_up, int64_t gate_up_stride, void* out, int64_t m, int64_t width,
+                           int dtype) {
   using namespace kvb;
   if (dtype == 0)
     swiglu_rows(static_cast<const float*>(gate_up), gate_up_stride, static_cast<float*>(out), m, width);

@@ -1,4 +1,4 @@
-// SwiGLU, silu(gate) * up. Each intermediate is rounded to the model's dtype T, as a chain of separate operators rounds it.
+// SwiGLU, silu(gate) * up. Each intermediate is rounded to the model's dtype T, as separate operators would round it.
 #pragma once
 #include "vec.h"
 

@@ -50,7 +50,7 @@ struct Partial {
 };
 
 // Memory of one thread.
-struct Scratch {
+struct AttentionScratch {
   struct alignas(64) Line {
     float value[16];
   };
@@ -67,8 +67,8 @@ struct Scratch {
     }
   }
 
-  static Scratch& of_thread(int64_t rows, int64_t dim) {
-    thread_local Scratch scratch;
+  static AttentionScratch& of_thread(int64_t rows, int64_t dim) {
+    thread_local AttentionScratch scratch;
     scratch.reserve(rows, dim);
     return scratch;
   }
@@ -113,8 +113,8 @@ Unit<T> unit_at(const Attention<T>& a, const Block& block, int64_t at, int64_t e
 }
 
 // Many rows share a unit: widen it once, unless it is float32 already.
-Unit<float> widened(const Unit<float>& unit, int64_t, Scratch&) { return unit; }
-Unit<float> widened(const Unit<bf16>& unit, int64_t dim, Scratch& scratch) {
+Unit<float> widened(const Unit<float>& unit, int64_t, AttentionScratch&) { return unit; }
+Unit<float> widened(const Unit<bf16>& unit, int64_t dim, AttentionScratch& scratch) {
   Unit<float> wide{};
   wide.tokens = unit.tokens;
   for (int64_t p = 0; p < kUnit / kPage; ++p) {
@@ -129,19 +129,19 @@ Unit<float> widened(const Unit<bf16>& unit, int64_t dim, Scratch& scratch) {
 
 template <bool kAhead, class E>
 void attend_unit(const Unit<E>& unit, const Block& block, int64_t at, int64_t group, int64_t dim,
-                 Scratch& scratch, const Partial& part) {
+                 AttentionScratch& scratch, const Partial& part) {
   const int64_t first = block.first_row(at, group), rows = block.count * group;
   float* scores = scratch.scores + first * kUnit;
   score_unit<kAhead>(scratch.q + first * dim, unit, rows - first, dim, scores);
   for (int64_t r = first; r < rows; ++r)
-    softmax_row(scratch.scores + r * kUnit, std::min<int64_t>(kUnit, block.start + r / group + 1 - at),
-                part.max + r, scratch.lanes + r * kLanes, scratch.scale + r);
+    softmax_row(scratch.scores + r * kUnit, std::min<int64_t>(kUnit, block.start + r / group + 1 - at), part.max + r,
+                scratch.lanes + r * kLanes, scratch.scale + r);
   value_unit<kAhead>(scores, unit, scratch.scale + first, rows - first, dim, part.acc + first * dim);
 }
 
 // Attention of a block's rows to the tokens of one split.
 template <class T>
-void attend_split(const Attention<T>& a, const Block& block, int64_t split, Scratch& scratch,
+void attend_split(const Attention<T>& a, const Block& block, int64_t split, AttentionScratch& scratch,
                   const Partial& part) {
   const int64_t rows = block.count * a.group();
   const int64_t begin = split * kSplit, end = std::min(begin + kSplit, block.limit());
@@ -214,8 +214,7 @@ std::vector<Block> make_blocks(const Attention<T>& a) {
     const int64_t begin = a.seqs.cu_seqlens[b], end = a.seqs.cu_seqlens[b + 1];
     for (int64_t token = begin; token < end; token += block_tokens)
       for (int64_t h = 0; h < a.kv_heads; ++h)
-        blocks.push_back(
-            {b, h, token, std::min(block_tokens, end - token), a.seqs.context_lens[b] + token - begin});
+        blocks.push_back({b, h, token, std::min(block_tokens, end - token), a.seqs.context_lens[b] + token - begin});
   }
   // Longest first, so that no thread is left with a long block at the end.
   std::sort(blocks.begin(), blocks.end(),
@@ -227,7 +226,7 @@ template <class T>
 void attend_blocks(const Attention<T>& a, const std::vector<Block>& blocks, int64_t max_rows) {
 #pragma omp parallel
   {
-    Scratch& scratch = Scratch::of_thread(max_rows, a.dim);
+    AttentionScratch& scratch = AttentionScratch::of_thread(max_rows, a.dim);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < blocks.size(); ++i) {
       const Block& block = blocks[i];
@@ -253,15 +252,14 @@ void attend_splits(const Attention<T>& a, const std::vector<Block>& blocks, int6
   std::vector<int64_t> first_task;
   for (size_t i = 0; i < blocks.size(); ++i) {
     first_task.push_back(tasks.size());
-    for (int64_t split = 0; split < blocks[i].splits(); ++split)
-      tasks.push_back({static_cast<int64_t>(i), split});
+    for (int64_t split = 0; split < blocks[i].splits(); ++split) tasks.push_back({static_cast<int64_t>(i), split});
   }
   const int64_t part_size = Partial::size(max_rows, a.dim);
   const std::unique_ptr<float[]> parts(new float[tasks.size() * part_size]);
   const auto part_of = [&](int64_t task) { return Partial::at(&parts[task * part_size], max_rows, a.dim); };
 #pragma omp parallel
   {
-    Scratch& scratch = Scratch::of_thread(max_rows, a.dim);
+    AttentionScratch& scratch = AttentionScratch::of_thread(max_rows, a.dim);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tasks.size(); ++i) {
       load_queries(a, blocks[tasks[i].block], scratch.q);
@@ -273,8 +271,7 @@ void attend_splits(const Attention<T>& a, const std::vector<Block>& blocks, int6
       const int64_t rows = block.count * a.group();
       clear(scratch.total, rows, a.dim);
       for (int64_t split = 0; split < block.splits(); ++split)
-        merge(scratch.total, part_of(first_task[i] + split), block.first_row(split * kSplit, a.group()), rows,
-              a.dim);
+        merge(scratch.total, part_of(first_task[i] + split), block.first_row(split * kSplit, a.group()), rows, a.dim);
       write_rows(a, block, scratch.total);
     }
   }
@@ -305,17 +302,15 @@ using namespace kvb;
 //   pages, page_table, cu_seqlens, context_lens: see paged_kv.h, read
 //   gate         [N, gate_stride]  model dtype  read     rows of H*D; null for none
 //   out          [N, H*D]          model dtype  written
-extern "C" void kvb_paged_attention(const void* q, const void* pages, const int32_t* page_table,
-                                    int64_t table_stride, const int32_t* cu_seqlens,
-                                    const int32_t* context_lens, const void* gate, int64_t gate_stride,
-                                    void* out, int64_t num_seqs, int64_t heads, int64_t kv_heads, int64_t dim,
-                                    int dtype) {
+extern "C" void kvb_paged_attention(const void* q, const void* pages, const int32_t* page_table, int64_t table_stride,
+                                    const int32_t* cu_seqlens, const int32_t* context_lens, const void* gate,
+                                    int64_t gate_stride, void* out, int64_t num_seqs, int64_t heads, int64_t kv_heads,
+                                    int64_t dim, int dtype) {
   const Sequences seqs{page_table, cu_seqlens, context_lens, table_stride, num_seqs};
   const auto run = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    paged_attention(Attention<T>{static_cast<const T*>(q), static_cast<const T*>(pages),
-                                 static_cast<const T*>(gate), static_cast<T*>(out), gate_stride, heads,
-                                 kv_heads, dim, seqs});
+    paged_attention(Attention<T>{static_cast<const T*>(q), static_cast<const T*>(pages), static_cast<const T*>(gate),
+                                 static_cast<T*>(out), gate_stride, heads, kv_heads, dim, seqs});
   };
   dtype == 0 ? run(static_cast<float*>(nullptr)) : run(static_cast<bf16*>(nullptr));
 }

@@ -33,10 +33,10 @@ void norm_rotate(const T* x, const float* weight, float eps, const Rotary& rotar
 }
 
 template <class T>
-void attention_inputs(const T* qkv, int64_t row_stride, const float* q_norm, const float* k_norm,
-                      const float* cos, const float* sin, int64_t half, const int32_t* positions, T* q_out,
-                      T* pages, const Sequences& seqs, int64_t num_tokens, int64_t heads, int64_t kv_heads,
-                      int64_t dim, float eps) {
+void attention_inputs(const T* qkv, int64_t row_stride, const float* q_norm, const float* k_norm, const float* cos,
+                      const float* sin, int64_t half, const int32_t* positions, T* q_out, T* pages,
+                      const Sequences& seqs, int64_t num_tokens, int64_t heads, int64_t kv_heads, int64_t dim,
+                      float eps) {
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < num_tokens; ++i) {
     const int32_t* end = seqs.cu_seqlens + seqs.num_seqs + 1;
@@ -74,19 +74,17 @@ using namespace kvb;
 //   q_out      [N, H, D]        model dtype  written
 //   pages      see paged_kv.h   model dtype  written  at the new tokens' slots
 //   page_table, cu_seqlens, context_lens: see paged_kv.h, read
-extern "C" void kvb_attention_inputs(const void* qkv, int64_t row_stride, const float* q_norm,
-                                     const float* k_norm, const float* cos, const float* sin, int64_t half,
-                                     const int32_t* positions, void* q_out, void* pages,
-                                     const int32_t* page_table, int64_t table_stride,
-                                     const int32_t* cu_seqlens, const int32_t* context_lens,
-                                     int64_t num_tokens, int64_t num_seqs, int64_t heads, int64_t kv_heads,
-                                     int64_t dim, float eps, int dtype) {
+extern "C" void kvb_attention_inputs(const void* qkv, int64_t row_stride, const float* q_norm, const float* k_norm,
+                                     const float* cos, const float* sin, int64_t half, const int32_t* positions,
+                                     void* q_out, void* pages, const int32_t* page_table, int64_t table_stride,
+                                     const int32_t* cu_seqlens, const int32_t* context_lens, int64_t num_tokens,
+                                     int64_t num_seqs, int64_t heads, int64_t kv_heads, int64_t dim, float eps,
+                                     int dtype) {
   const Sequences seqs{page_table, cu_seqlens, context_lens, table_stride, num_seqs};
   const auto run = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     attention_inputs(static_cast<const T*>(qkv), row_stride, q_norm, k_norm, cos, sin, half, positions,
-                     static_cast<T*>(q_out), static_cast<T*>(pages), seqs, num_tokens, heads, kv_heads, dim,
-                     eps);
+                     static_cast<T*>(q_out), static_cast<T*>(pages), seqs, num_tokens, heads, kv_heads, dim, eps);
   };
   dtype == 0 ? run(static_cast<float*>(nullptr)) : run(static_cast<bf16*>(nullptr));
 }

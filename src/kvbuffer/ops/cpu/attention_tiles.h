@@ -53,8 +53,7 @@ void score_tile(const float* q, const Unit<E>& unit, int64_t first_col, int64_t 
 }
 
 template <bool kAhead, int kRows, int kCols, class E>
-void value_tile(const float* weights, const Unit<E>& unit, const float* scale, int64_t dim, int64_t d,
-                float* out) {
+void value_tile(const float* weights, const Unit<E>& unit, const float* scale, int64_t dim, int64_t d, float* out) {
   Vec acc[kRows][kCols] = {};
   for (int64_t page = 0; page * kPage < unit.tokens; ++page) {
     const int64_t count = std::min<int64_t>(kPage, unit.tokens - page * kPage);
@@ -96,13 +95,10 @@ void value_rows(const float* weights, const Unit<E>& unit, const float* scale, i
 }
 
 template <bool kAhead, class E>
-void value_unit(const float* weights, const Unit<E>& unit, const float* scale, int64_t rows, int64_t dim,
-                float* out) {
+void value_unit(const float* weights, const Unit<E>& unit, const float* scale, int64_t rows, int64_t dim, float* out) {
   int64_t r = 0;
-  for (; r + 8 <= rows; r += 8)
-    value_rows<kAhead, 8, 2>(weights + r * kUnit, unit, scale + r, dim, out + r * dim);
-  for (; r + 4 <= rows; r += 4)
-    value_rows<kAhead, 4, 2>(weights + r * kUnit, unit, scale + r, dim, out + r * dim);
+  for (; r + 8 <= rows; r += 8) value_rows<kAhead, 8, 2>(weights + r * kUnit, unit, scale + r, dim, out + r * dim);
+  for (; r + 4 <= rows; r += 4) value_rows<kAhead, 4, 2>(weights + r * kUnit, unit, scale + r, dim, out + r * dim);
   for (; r < rows; ++r) value_rows<kAhead, 1, 4>(weights + r * kUnit, unit, scale + r, dim, out + r * dim);
 }
 

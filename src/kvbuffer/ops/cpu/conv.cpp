@@ -14,6 +14,7 @@
 #include "vec.h"
 
 namespace kvb {
+namespace {  // names of this file: two files may use the same one
 
 template <typename T>
 static void causal_conv(const T* x, int64_t x_stride, const float* weight, T* state, const int32_t* slots,
@@ -52,6 +53,7 @@ static void causal_conv(const T* x, int64_t x_stride, const float* weight, T* st
   }
 }
 
+}  // namespace
 }  // namespace kvb
 
 extern "C" void kvb_causal_conv(const void* x, int64_t x_stride, const float* weight, void* state, const int32_t* slots,

@@ -22,6 +22,7 @@
 #include "vec.h"
 
 namespace kvb {
+namespace {  // names of this file: two files may use the same one
 
 constexpr int kBlock = kLanes == 16 ? 8 : 4;  // vectors of a state row held in registers at once
 
@@ -116,7 +117,7 @@ static void for_column_blocks(int64_t V, F&& f) {
 }
 
 // Per-thread work space, grown once and reused.
-struct Scratch {
+struct HeadScratch {
   std::vector<float> pk, pq, unused, weights, weighted_keys;
   std::vector<const float*> u;
   void reserve(int64_t K, int64_t V, int64_t n) {
@@ -136,7 +137,7 @@ static float decay_weights(const Records& rec, int64_t n, int64_t hv, float log_
   return std::exp(log_sum);
 }
 
-static void gather_fold(const Records& rec, int64_t n, int64_t hk, int64_t hv, Scratch& tmp) {
+static void gather_fold(const Records& rec, int64_t n, int64_t hk, int64_t hv, HeadScratch& tmp) {
   for (int64_t i = 0; i < n; ++i) {
     const float* key = rec.key(i, hk);
     for (int64_t r = 0; r < rec.K; ++r) tmp.weighted_keys[r * n + i] = tmp.weights[i] * key[r];
@@ -146,7 +147,7 @@ static void gather_fold(const Records& rec, int64_t n, int64_t hk, int64_t hv, S
 
 template <typename S>
 static void fold_head(S* s, const Records& rec, int64_t n, int64_t hk, int64_t hv, const float* k, const float* q,
-                      Scratch& tmp) {
+                      HeadScratch& tmp) {
   const float decay = decay_weights(rec, n, hv, 0.f, tmp.weights.data());
   gather_fold(rec, n, hk, hv, tmp);
   for_column_blocks(rec.V, [&](int64_t c, auto nv) {
@@ -164,7 +165,7 @@ static void buffered_decode(const float* q, int64_t q_stride, const float* k, in
   const int64_t rep = HV / HK;
 #pragma omp parallel
   {
-    static thread_local Scratch tmp;
+    static thread_local HeadScratch tmp;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < B * HV; ++task) {
       const int64_t b = task / HV, hv = task % HV, hk = hv / rep;
@@ -212,7 +213,7 @@ static void fold_states(S* states, const int32_t* slots, float* rec_keys, float*
   const std::vector<float> zeros(K, 0.f);
 #pragma omp parallel
   {
-    static thread_local Scratch tmp;
+    static thread_local HeadScratch tmp;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < B * HV; ++task) {
       const int64_t b = task / HV, hv = task % HV;
@@ -232,7 +233,7 @@ static void recurrent_decode(const float* q, int64_t q_stride, const float* k, i
   const int64_t rep = HV / HK;
 #pragma omp parallel
   {
-    static thread_local Scratch tmp;
+    static thread_local HeadScratch tmp;
     tmp.reserve(K, V, 1);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < B * HV; ++task) {
@@ -256,6 +257,7 @@ static void recurrent_decode(const float* q, int64_t q_stride, const float* k, i
   }
 }
 
+}  // namespace
 }  // namespace kvb
 
 using kvb::bf16;

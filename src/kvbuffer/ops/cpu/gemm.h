@@ -1,15 +1,15 @@
 // Micro-kernels and packed layouts shared by the dense layers (linear.cpp) and the experts (moe.cpp).
 //
-// Weights [N, K] are packed once into panels of kPanel outputs. K is zero padded to whole blocks of kBlock and N to whole
-// panels, so kernels have no tails. A float32 panel is [K][kPanel]; a bfloat16 panel is [K / 2][kPanel][2], the pairs of
-// consecutive k side by side: what the dot-product instructions read, and two shifts away from float32 everywhere else.
+// Weights [N, K] are packed once into panels of kPanel outputs. K is zero padded to whole blocks of kBlock and N to
+// whole panels, so kernels have no tails. A float32 panel is [K][kPanel]; a bfloat16 panel is [K / 2][kPanel][2], the
+// pairs of consecutive k side by side: what the dot-product instruction reads, and one shift or mask away from float32.
 //
-// Rows are packed per call, in tiles of up to kMaxRows rows: a tile is [K / kBlock][rows][kBlock], so that the kernel reads
-// it through one pointer with constant offsets.
+// Rows are packed per call, in tiles of up to kMaxRows rows: a tile is [K / kBlock][rows][kBlock], so that the kernel
+// reads it through one pointer with constant offsets.
 //
-// Every output is one float32 chain of fused multiply-adds along ascending k, whatever the tile and the blocking (stopping
-// between two blocks stores the float32 sum and loads it back, which changes no bit). So a row's result depends neither on
-// the other rows nor on the number of threads.
+// Every output is one float32 chain of fused multiply-adds along ascending k, whatever the tile and the blocking
+// (stopping between two blocks stores the float32 sum and loads it back, which changes no bit). So a row's result
+// depends neither on the other rows nor on the number of threads.
 #pragma once
 #include <sys/mman.h>
 
@@ -37,8 +37,8 @@ constexpr int kMaxRows = 12;
 constexpr int kMaxRows = 6;
 #endif
 
-// Weights are fetched this far ahead into the L2 cache: the latency of memory times one core's share of its bandwidth, and
-// then some. Past the end of a panel lies the next one.
+// Weights are fetched this far ahead into the L2 cache: more than the latency of memory times one core's share of its
+// bandwidth. Past the end of a panel lies the next one.
 constexpr uintptr_t kPrefetchBytes = 8192;
 // A slice of a panel that stays in the L1 cache while all tiles of rows pass over it.
 constexpr int64_t kSliceBytes = 32 * 1024;
@@ -166,14 +166,15 @@ static inline void multiply_tile(int64_t rows, const typename C::Row* x, const t
 
 // `rows` rows as nearly equal tiles: the fewest tiles that hold them.
 struct Tiles {
-  explicit Tiles(int64_t rows) : count(ceil_div(rows, kMaxRows)), base(count ? rows / count : 0), extra(rows - base * count) {}
+  explicit Tiles(int64_t rows)
+      : count(ceil_div(rows, kMaxRows)), base(count ? rows / count : 0), extra(rows - base * count) {}
   int64_t begin(int64_t tile) const { return tile * base + std::min(tile, extra); }
   int64_t size(int64_t tile) const { return base + (tile < extra); }
   int64_t count, base, extra;
 };
 
-// c [rows][kPanel] (+)= packed rows * one panel over `depth` columns of K. Packed rows lie x_stride elements apart on average:
-// a tile starts at its first row * x_stride.
+// c [rows][kPanel] (+)= packed rows * one panel over `depth` columns of K. A tile of packed rows starts at its first
+// row * x_stride.
 template <class C>
 static void multiply(const Tiles& tiles, const typename C::Row* x, int64_t x_stride, const typename C::Element* w,
                      int64_t depth, bool first, float* c) {
@@ -194,9 +195,10 @@ static inline void copy_row_block(const bf16* from, int64_t count, bf16* to) {
   for (int i = 0; i < kBlock; ++i) to[i] = i < count ? from[i] : bf16{0};
 }
 
-// Packs columns [k, k + width) of `count` rows; row(i) points to row i; the last block is zero padded at column `total_k`.
+// Packs columns [k, k + width) of all rows; row(i) points to row i, which ends at column `total_k` and is zero padded.
 template <class C, class RowAt>
-static void pack_rows(const Tiles& tiles, RowAt row, int64_t k, int64_t width, int64_t total_k, typename C::Row* packed) {
+static void pack_rows(const Tiles& tiles, RowAt row, int64_t k, int64_t width, int64_t total_k,
+                      typename C::Row* packed) {
   for (int64_t t = 0; t < tiles.count; ++t)
     for (int64_t block = 0; block < width; block += kBlock)
       for (int64_t r = 0; r < tiles.size(t); ++r, packed += kBlock) {

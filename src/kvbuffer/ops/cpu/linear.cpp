@@ -13,12 +13,13 @@
 #include "gemm.h"
 
 namespace kvb {
+namespace {  // names of this file: two files may use the same one
 
-// Blocking for large M: a thread's packed rows and sums in progress stay in a 1 MB L2 cache. Rows beyond kRowBytes are packed
-// in slices of K, each used for kGroupPanels panels.
+// Blocking for large M: a thread's packed rows stay in its L2 cache. Rows beyond kRowBytes are packed in slices of K, and
+// a slice is used for kGroupPanels panels, whose sums wait for the next slice.
 constexpr int64_t kBlockRows = 12 * kMaxRows;
 constexpr int64_t kRowBytes = 512 * 1024;
-constexpr int64_t kGroupPanels = 8;
+constexpr int64_t kGroupPanels = 32;
 // Below this many multiply-adds waking the other threads costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 18;
 
@@ -37,8 +38,9 @@ static void linear(const typename C::Element* x, int64_t x_stride, const typenam
     for (int64_t unit = units * thread / threads; unit < last;) {
       const int64_t row_block = unit / panels, panel = unit % panels;
       const int64_t first_row = m * row_block / row_blocks, rows = m * (row_block + 1) / row_blocks - first_row;
-      const int64_t group = std::min({kGroupPanels, panels - panel, last - unit});
-      const int64_t slice = std::min<int64_t>(width, std::max<int64_t>(1, kRowBytes / (rows * kBlock * sizeof(Row))) * kBlock);
+      const int64_t slice_blocks = std::max<int64_t>(1, kRowBytes / (rows * kBlock * sizeof(Row)));
+      const int64_t slice = std::min(width, slice_blocks * kBlock);
+      const int64_t group = slice == width ? 1 : std::min({kGroupPanels, panels - panel, last - unit});
       const Tiles tiles(rows);
       Row* row = row_scratch.get<Row>(rows * slice);
       float* sums = sum_scratch.get<float>(group * rows * kPanel);
@@ -79,25 +81,29 @@ static void pack(const T* weight, int64_t n, int64_t k, T* packed) {
 
 #if defined(__AVX512BF16__)
 template <class C>
-static double seconds_per_block() {
-  alignas(64) typename C::Row x[kMaxRows * kBlock] = {};
-  alignas(64) typename C::Element w[kBlock * kPanel * 8] = {};
-  alignas(64) float c[kMaxRows * kPanel] = {};
-  double best = 1e9;
-  for (int repeat = 0; repeat < 40; ++repeat) {
+static double seconds_per_tile() {
+  constexpr int kBlocks = 8;
+  alignas(64) typename C::Row x[kBlocks * kMaxRows * kBlock] = {};
+  alignas(64) typename C::Element w[kBlocks * kBlock * kPanel] = {};
+  alignas(64) float c[kMaxRows * kPanel];
+  double best = 1;
+  for (int repeat = 0; repeat < 200; ++repeat) {
     auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < 64; ++i) multiply_tile<C>(kMaxRows, x, w, 1, false, c);
+    multiply_tile<C>(kMaxRows, x, w, kBlocks, true, c);
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return best;
 }
 #endif
 
+}  // namespace
 }  // namespace kvb
 
 using namespace kvb;
 
-extern "C" int64_t kvb_linear_packed_elements(int64_t n, int64_t k) { return ceil_div(n, kPanel) * kPanel * padded_k(k); }
+extern "C" int64_t kvb_linear_packed_elements(int64_t n, int64_t k) {
+  return ceil_div(n, kPanel) * kPanel * padded_k(k);
+}
 
 extern "C" void kvb_linear_pack(const void* weight, int64_t n, int64_t k, int dtype, void* packed) {
   if (dtype == 0)
@@ -106,12 +112,12 @@ extern "C" void kvb_linear_pack(const void* weight, int64_t n, int64_t k, int dt
     pack(static_cast<const bf16*>(weight), n, k, static_cast<bf16*>(packed));
 }
 
-// The faster way to multiply bfloat16 on this CPU. The dot-product instruction doubles the rate on some CPUs and halves it
-// on others, so it is timed once; the gap is far wider than the noise.
+// The faster way to multiply bfloat16 on this CPU. The dot-product instruction doubles the rate on some CPUs and halves
+// it on others, so it is timed once; the gap is far wider than the noise.
 extern "C" int kvb_bfloat16_compute() {
 #if defined(__AVX512BF16__)
-  static const int code = seconds_per_block<PairDot>() < 0.8 * seconds_per_block<Widened>() ? PairDot::kCode : Widened::kCode;
-  return code;
+  static const bool dot_is_faster = seconds_per_tile<PairDot>() < 0.8 * seconds_per_tile<Widened>();
+  return dot_is_faster ? PairDot::kCode : Widened::kCode;
 #else
   return Widened::kCode;
 #endif
@@ -122,7 +128,7 @@ extern "C" void kvb_linear(const void* x, int64_t x_stride, const void* packed, 
   with_compute(compute, [&](auto c) {
     using C = decltype(c);
     using T = typename C::Element;
-    linear<C>(static_cast<const T*>(x), x_stride, static_cast<const T*>(packed), bias, static_cast<T*>(out), out_stride, m,
-              k, n);
+    linear<C>(static_cast<const T*>(x), x_stride, static_cast<const T*>(packed), bias, static_cast<T*>(out),
+              out_stride, m, k, n);
   });
 }

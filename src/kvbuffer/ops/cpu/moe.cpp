@@ -5,8 +5,8 @@
 //   expert_ids      [M, topk], contiguous                            int32    written by kvb_route, read by kvb_moe_mlp
 //   expert_weights  [M, topk], contiguous                            float32  written by kvb_route, read by kvb_moe_mlp
 //   x               [M, H], row stride x_stride                      model    read
-//   gate_up         [E][ceil(padded I / kPanel)][2: gate, up] panels of depth H   model    read
-//   down            [E][ceil(H / kPanel)] panels of depth I          model    read
+//   gate_up         [E, ceil(padded I / kPanel), 2: gate, up] panels  model    written by kvb_experts_pack, then read
+//   down            [E, ceil(H / kPanel)] panels                     model    written by kvb_experts_pack, then read
 //   out             [M, H], contiguous                               model    written
 //
 // A token's experts are added in ascending order of their index, which does not depend on the batch. An index outside
@@ -19,6 +19,7 @@
 #include "gemm.h"
 
 namespace kvb {
+namespace {  // names of this file: two files may use the same one
 
 constexpr int64_t kGroupRows = 8 * kMaxRows;  // packed rows of a group stay in the L2 cache beside the weights
 constexpr int64_t kPairsPerTask = 2;
@@ -113,8 +114,9 @@ static void moe_mlp(const typename C::Element* x, int64_t x_stride, const int32_
     for (int64_t panel = 0; panel < shape.panels(); ++panel) {
       std::fill(totals, totals + m * kPanel, 0.f);
       for (const Group& group : groups) {
-        multiply<C>(Tiles(group.rows), hidden + group.begin * shape.depth_i, shape.depth_i,
-                    down + group.expert * shape.down_size() + panel * kPanel * shape.depth_i, shape.depth_i, true, sums);
+        const auto* weight = down + group.expert * shape.down_size() + panel * kPanel * shape.depth_i;
+        multiply<C>(Tiles(group.rows), hidden + group.begin * shape.depth_i, shape.depth_i, weight, shape.depth_i, true,
+                    sums);
         for (int64_t r = 0; r < group.rows; ++r) {
           const int64_t slot = order[group.begin + r];
           float* total = totals + slot / topk * kPanel;
@@ -141,7 +143,8 @@ static void pack_experts(const T* gate_up, const T* down, int64_t experts, const
     T* to = packed_gate_up + e * shape.gate_up_size();
     for (int64_t pair = 0; pair < shape.pairs(); ++pair)
       for (int64_t half = 0; half < 2; ++half, to += kPanel * shape.depth_h)
-        pack_panel(gate_up + ((e * 2 + half) * shape.i + pair * kPanel) * shape.h, rows_left(shape.i, pair), shape.h, to);
+        pack_panel(gate_up + ((e * 2 + half) * shape.i + pair * kPanel) * shape.h, rows_left(shape.i, pair), shape.h,
+                   to);
     to = packed_down + e * shape.down_size();
     for (int64_t panel = 0; panel < shape.panels(); ++panel, to += kPanel * shape.depth_i)
       pack_panel(down + (e * shape.h + panel * kPanel) * shape.i, rows_left(shape.h, panel), shape.i, to);
@@ -161,7 +164,8 @@ static void softmax(const T* logits, int64_t experts, float* p) {
 }
 
 template <class T>
-static void route(const T* logits, int32_t* ids, float* weights, int64_t m, int64_t experts, int64_t topk, bool normalize) {
+static void route(const T* logits, int32_t* ids, float* weights, int64_t m, int64_t experts, int64_t topk,
+                  bool normalize) {
 #pragma omp parallel if (m * experts >= 1 << 13)
   {
     std::vector<float> p(ceil_div(experts, kLanes) * kLanes);
@@ -193,6 +197,7 @@ static void route(const T* logits, int32_t* ids, float* weights, int64_t m, int6
   }
 }
 
+}  // namespace
 }  // namespace kvb
 
 using namespace kvb;
@@ -202,8 +207,8 @@ extern "C" void kvb_experts_elements(int64_t experts, int64_t h, int64_t i, int6
   *down = experts * ExpertShape(h, i).down_size();
 }
 
-extern "C" void kvb_experts_pack(const void* gate_up, const void* down, int64_t experts, int64_t h, int64_t i, int dtype,
-                                 void* packed_gate_up, void* packed_down) {
+extern "C" void kvb_experts_pack(const void* gate_up, const void* down, int64_t experts, int64_t h, int64_t i,
+                                 int dtype, void* packed_gate_up, void* packed_down) {
   auto run = [&](auto element) {
     using T = decltype(element);
     pack_experts(static_cast<const T*>(gate_up), static_cast<const T*>(down), experts, ExpertShape(h, i),
@@ -212,9 +217,9 @@ extern "C" void kvb_experts_pack(const void* gate_up, const void* down, int64_t 
   dtype == 0 ? run(float{}) : run(bf16{});
 }
 
-extern "C" void kvb_moe_mlp(const void* x, int64_t x_stride, const int32_t* ids, const float* weights, const void* gate_up,
-                            const void* down, void* out, int64_t m, int64_t topk, int64_t experts, int64_t h, int64_t i,
-                            int compute) {
+extern "C" void kvb_moe_mlp(const void* x, int64_t x_stride, const int32_t* ids, const float* weights,
+                            const void* gate_up, const void* down, void* out, int64_t m, int64_t topk, int64_t experts,
+                            int64_t h, int64_t i, int compute) {
   with_compute(compute, [&](auto c) {
     using C = decltype(c);
     using T = typename C::Element;

@@ -5,6 +5,7 @@
 #include "vec.h"
 
 namespace kvb {
+namespace {  // names of this file: two files may use the same one
 
 // Small calls stay on one thread: waking the others costs more than the work.
 constexpr int64_t kParallelElements = 1 << 14;
@@ -98,6 +99,7 @@ static void gated_delta_inputs(float* qk, int64_t qk_stride, const T* b, const T
   }
 }
 
+}  // namespace
 }  // namespace kvb
 
 using kvb::bf16;
