@@ -70,7 +70,5 @@ class Tokenizer:
                 **kwargs,
             )
         except Exception as error:  # a Jinja template may raise anything
-            raise InvalidRequestError(
-                f"the chat template refused the messages: {error}", "messages"
-            ) from None
+            raise InvalidRequestError(f"the chat template refused the messages: {error}", "messages") from None
         return ids

@@ -270,9 +270,7 @@ def test_a_stop_string_counts_only_when_complete_after_min_tokens():
 def test_streaming_is_quick():
     tokenizer = byte_level()
     ids = (tokenizer.encode(TEXT[0]) * 200)[:2000]
-    detokenizer = IncrementalDetokenizer(
-        tokenizer, SamplingParams(stop=["###", "\n\nUser:"], max_tokens=None)
-    )
+    detokenizer = IncrementalDetokenizer(tokenizer, SamplingParams(stop=["###", "\n\nUser:"], max_tokens=None))
     start = time.process_time()
     for token_id in ids:
         detokenizer.append([token_id])

@@ -103,9 +103,7 @@ def test_every_draw_is_that_of_the_plain_definition(kwargs, dtype):
         states = [state_of(*parts) for parts in zip(params, prompts, outputs, strict=True)]
         expected = [
             expected_id(row, state.params, prompt, output, state.uniform(len(output)))
-            for row, state, prompt, output in zip(
-                logits.float().numpy(), states, prompts, outputs, strict=True
-            )
+            for row, state, prompt, output in zip(logits.float().numpy(), states, prompts, outputs, strict=True)
         ]
         assert sample_ids(logits, states) == expected
 

@@ -107,9 +107,7 @@ def test_validate_refuses_token_ids_outside_the_vocabulary(field):
         return SamplingParams(**{field: {token_id: 1.0} if field == "logit_bias" else [token_id]})
 
     params(99).validate(100)
-    with pytest.raises(
-        InvalidRequestError, match=f"token id of {field} .* between 0 and 99, got 100"
-    ) as error:
+    with pytest.raises(InvalidRequestError, match=f"token id of {field} .* between 0 and 99, got 100") as error:
         params(100).validate(100)
     assert error.value.param == field
 

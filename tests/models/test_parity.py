@@ -23,9 +23,7 @@ from tests.support.checkpoints import CHECKPOINTS, VOCAB_SIZE, make_checkpoint
 NEW_TOKENS = 64
 TIE_MARGIN = 1e-4
 # One token, chunk borders on both sides, several chunks.
-LENGTHS = [1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 62, 63, 64, 65, 66, 100, 127, 128, 129, 150, 191, 200] + list(
-    range(6, 48)
-)
+LENGTHS = [1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 62, 63, 64, 65, 66, 100, 127, 128, 129, 150, 191, 200, *range(6, 48)]
 
 
 class Oracle(NamedTuple):
@@ -159,10 +157,13 @@ def test_logits(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5", "qwen3_5_moe", "demo"])
 def test_bfloat16_is_no_further_from_float32_than_transformers(name: str, tmp_path: Path) -> None:
-    """Mean KL of the next-token distributions against float32, over prompts of many lengths."""
+    """Mean KL of the next-token distributions against float32, over prompts of many lengths.
+
+    Many prompts: a mean KL is carried by the few of them where rounding sends a token to another expert.
+    """
     path = DEMO_MODEL_DIR if name == "demo" else make_checkpoint(tmp_path, name, torch.bfloat16)
     rng = torch.Generator().manual_seed(11)
-    prompts = [torch.randint(3, VOCAB_SIZE, (n,), generator=rng).tolist() for n in [*range(2, 40), 64, 100, 150]]
+    prompts = [torch.randint(3, VOCAB_SIZE, (n,), generator=rng).tolist() for n in [*range(1, 49)] * 5]
     exact = their_logits(path, torch.float32, prompts).log_softmax(-1)
 
     def divergence(logits: Tensor) -> float:

@@ -124,10 +124,7 @@ def test_buffered_decode_is_the_recurrence(backend: str, rng: Generator, rule, h
     expected = [recurrence(rule, *x.double(), pool.start(b).double())[0] for b, x in enumerate(sequences)]
     for t in range(steps):
         step = Inputs(
-            *(
-                None if xs[0] is None else torch.stack([x[t] for x in xs])
-                for xs in zip(*sequences, strict=True)
-            )
+            *(None if xs[0] is None else torch.stack([x[t] for x in xs]) for xs in zip(*sequences, strict=True))
         )
         out = pool.decode(step)
         for b in range(requests):
@@ -171,10 +168,7 @@ def test_recurrent_decode(backend: str, rng: Generator, rule: UpdateRule) -> Non
     expected = [recurrence(rule, *x.double(), pool.start(b).double()) for b, x in enumerate(sequences)]
     for t in range(40):
         step = Inputs(
-            *(
-                None if xs[0] is None else torch.stack([x[t] for x in xs])
-                for xs in zip(*sequences, strict=True)
-            )
+            *(None if xs[0] is None else torch.stack([x[t] for x in xs]) for xs in zip(*sequences, strict=True))
         )
         out = recurrent_decode(rule, *step, pool.states, pool.slots)
         for b in range(3):
@@ -252,18 +246,13 @@ def test_long_rollouts_do_not_drift(rng: Generator) -> None:
     rule, steps = GATED_DELTANET, 4000
     pool = Pool(rule, 1, 1, 2, 64, 64, 16, 16, rng)
     x = make_inputs(rng, rule, steps, 1, 2, 64, 64)
-    x = x._replace(
-        g=-torch.exp(torch.randn(steps, 2, generator=rng) - 7)
-    )  # slow decay: errors would live long
+    x = x._replace(g=-torch.exp(torch.randn(steps, 2, generator=rng) - 7))  # slow decay: errors would live long
     state, baseline = pool.start(0).double(), pool.states.clone()
     expected, _ = recurrence(rule, *x.double(), state)
     rows = [x.rows([t]) for t in range(steps)]
     buffered = torch.cat([pool.decode(row) for row in rows])
     recurrent = torch.cat([recurrent_decode(rule, *row, baseline, pool.slots) for row in rows])
-    assert (
-        rms_ratio(buffered[-500:], expected[-500:])
-        < 1.2 * rms_ratio(recurrent[-500:], expected[-500:]) + 1e-7
-    )
+    assert rms_ratio(buffered[-500:], expected[-500:]) < 1.2 * rms_ratio(recurrent[-500:], expected[-500:]) + 1e-7
 
 
 def test_against_transformers(backend: str, rng: Generator) -> None:

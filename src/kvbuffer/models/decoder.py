@@ -71,7 +71,7 @@ class Decoder:
             self.norm = zero_centred(reader, f"{prefix}norm.weight", config.hidden_size)
             tied = config.tie_word_embeddings and "lm_head.weight" not in reader
             head = self.embedding if tied else reader.take("lm_head.weight", *self.embedding.shape)
-            self.lm_head = Linear(head)
+            self.lm_head = Linear(head, out_dtype=torch.float32)
             reader.finish()
         finally:
             reader.close()
@@ -107,7 +107,7 @@ class Decoder:
             caches: one per layer, as :func:`kvbuffer.cache.store.allocate` makes them; written.
 
         Returns:
-            Logits of the rows asked for, [R, vocab_size] in the model dtype.
+            Logits of the rows asked for, [R, vocab_size] float32: rounding them to bfloat16 would decide close calls by chance.
         """
         eps = self.config.rms_norm_eps
         residual = F.embedding(inputs.token_ids, self.embedding)

@@ -26,7 +26,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up, each of the two operators rounding its result to the dtype.
+    """Return silu(gate) * up, computed in float32 and rounded once.
 
     Args:
         gate_up: [M, 2 I], float32 or bfloat16, gate in the first I columns; elements of a row are adjacent.
@@ -46,4 +46,4 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 def _swiglu_portable(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)

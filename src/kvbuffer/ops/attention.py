@@ -119,8 +119,8 @@ def paged_attention(
         page_table: [B, max_pages] int32.
         cu_seqlens: [B + 1] int32; a request may have no new tokens.
         context_lens: [B] int32, tokens of each request before its new ones.
-        gate: [N, H*D] model dtype, any row stride: the output is multiplied by its sigmoid, rounding the output,
-            the sigmoid and their product to the model dtype in turn as transformers does.
+        gate: [N, H*D] model dtype, any row stride: the output is multiplied by its sigmoid, in float32 and
+            rounded once.
 
     Returns:
         [N, H*D] in the model dtype.
@@ -224,5 +224,6 @@ def _paged_attention_portable(
         scores = q[begin:end].transpose(0, 1).float() @ k.mT * head_dim**-0.5
         future = torch.arange(length) > context + torch.arange(end - begin)[:, None]
         weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-        out[begin:end] = (weights @ v).transpose(0, 1).flatten(1).to(q.dtype)
-    return out if gate is None else out * torch.sigmoid(gate)
+        mixed = (weights @ v).transpose(0, 1).flatten(1)
+        out[begin:end] = mixed if gate is None else mixed * torch.sigmoid(gate[begin:end].float())
+    return out

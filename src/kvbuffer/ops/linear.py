@@ -20,7 +20,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.kvb_linear_packed_elements.restype = _I
     lib.kvb_linear_pack.argtypes = [_P, _I, _I, _INT, _P]
     lib.kvb_linear_pack.restype = None
-    lib.kvb_linear.argtypes = [_P, _I, _P, _P, _P, _I, _I, _I, _I, _INT]
+    lib.kvb_linear.argtypes = [_P, _I, _P, _P, _P, _I, _I, _I, _I, _INT, _INT]
     lib.kvb_linear.restype = None
     lib.kvb_bfloat16_compute.argtypes = []
     lib.kvb_bfloat16_compute.restype = _INT
@@ -45,22 +45,27 @@ class Linear:
     Args:
         weight: [N, K], float32 or bfloat16; copied (packed), not kept, when the compiled kernels are present.
         bias: [N] or None; added in float32 before the one rounding to the output dtype.
+        out_dtype: float32 or bfloat16, the weight's if None. Float32 outputs of bfloat16 weights are the unrounded sums.
 
     Attributes:
         in_features: K.
         out_features: N.
-        dtype: dtype of the weight, hence of inputs and outputs.
+        dtype: dtype of the weight, hence of inputs.
+        out_dtype: dtype of outputs.
         nbytes: bytes of memory that the layer holds.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
+        self.out_dtype = weight.dtype if out_dtype is None else out_dtype
         lib = dispatch.cpu_kernels()
         self._lib = None if lib is None or self.dtype not in dispatch.DTYPE_CODES else _declare(lib)
         if self._lib is None:
             self._weight = weight
-            self._bias = bias if bias is None else bias.to(self.dtype)
+            self._bias = bias if bias is None else bias.to(self.out_dtype)
         else:
             n, k = weight.shape
             source = weight.contiguous()
@@ -82,11 +87,11 @@ class Linear:
             out: [M, N] to write into, or None to allocate; elements of a row are adjacent.
         """
         if self._lib is None:
-            y = F.linear(x, self._weight, self._bias)
+            y = F.linear(x.to(self.out_dtype), self._weight.to(self.out_dtype), self._bias)
             return y if out is None else out.copy_(y)
         rows = x.shape[0]
         if out is None:
-            out = torch.empty((rows, self.out_features), dtype=self.dtype)
+            out = torch.empty((rows, self.out_features), dtype=self.out_dtype)
         self._lib.kvb_linear(
             x.data_ptr(),
             x.stride(0),
@@ -98,5 +103,6 @@ class Linear:
             self.in_features,
             self.out_features,
             self._compute,
+            dispatch.DTYPE_CODES[self.out_dtype],
         )
         return out

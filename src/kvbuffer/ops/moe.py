@@ -110,8 +110,8 @@ def moe_mlp(
 ) -> torch.Tensor:
     """Return, for each token, the weighted sum of down(silu(gate x) * up x) over its experts.
 
-    Gate, up, silu(gate) and the product are rounded to the model's dtype; the sum over experts is taken in
-    float32, in ascending order of the expert's index, and rounded once. With the compiled kernels a token's
+    The hidden values are rounded to the model's dtype once; the sum over experts is taken in float32, in
+    ascending order of the expert's index, and rounded once. With the compiled kernels a token's
     result has the same bits whatever the other tokens, their number and the number of threads.
 
     Args:

@@ -16,12 +16,12 @@ constexpr int64_t kSerialOutputs = 1 << 14;
 template <class T>
 static void swiglu_row(const T* gate, const T* up, int64_t width, T* out) {
   int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) store(out + i, swiglu<T>(load(gate + i), load(up + i)));
+  for (; i + kLanes <= width; i += kLanes) store(out + i, swiglu(load(gate + i), load(up + i)));
   if (i < width) {
     T tail[3][kLanes] = {};
     std::copy(gate + i, gate + width, tail[0]);
     std::copy(up + i, up + width, tail[1]);
-    store(tail[2], swiglu<T>(load(tail[0]), load(tail[1])));
+    store(tail[2], swiglu(load(tail[0]), load(tail[1])));
     std::copy(tail[2], tail[2] + width - i, out + i);
   }
 }

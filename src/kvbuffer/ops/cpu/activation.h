@@ -1,19 +1,9 @@
-// SwiGLU, silu(gate) * up. Each intermediate is rounded to the model's dtype T, as separate operators would round it.
+// SwiGLU in float32; the caller rounds the result once.
 #pragma once
 #include "vec.h"
 
 namespace kvb {
 
-template <class T>
-static inline Vec round_to(Vec x) {
-  T rounded[kLanes];
-  store(rounded, x);
-  return load(rounded);
-}
-
-template <class T>
-static inline Vec swiglu(Vec gate, Vec up) {
-  return round_to<T>(round_to<T>(silu(gate)) * up);
-}
+static inline Vec swiglu(Vec gate, Vec up) { return silu(gate) * up; }
 
 }  // namespace kvb

@@ -187,7 +187,7 @@ void load_queries(const Attention<T>& a, const Block& block, float* q) {
   }
 }
 
-// Divides, rounds to the model dtype, and gates with each factor rounded, as a PyTorch model does.
+// Divides by the sum of the weights and gates, in float32, rounded once.
 template <class T>
 void write_rows(const Attention<T>& a, const Block& block, const Partial& total) {
   const int64_t group = a.group();
@@ -195,13 +195,11 @@ void write_rows(const Attention<T>& a, const Block& block, const Partial& total)
     const int64_t token = block.token + r / group, head = block.head * group + r % group;
     T* out = a.out + (token * a.heads + head) * a.dim;
     const float inverse = 1.f / total.sum[r];
-    for (int64_t d = 0; d < a.dim; d += kLanes) store(out + d, load(total.acc + r * a.dim + d) * inverse);
-    if (!a.gate) continue;
-    const T* gate = a.gate + token * a.gate_stride + head * a.dim;
+    const T* gate = a.gate ? a.gate + token * a.gate_stride + head * a.dim : nullptr;
     for (int64_t d = 0; d < a.dim; d += kLanes) {
-      T rounded[kLanes];
-      store(rounded, sigmoid(load(gate + d)));
-      store(out + d, load(out + d) * load(rounded));
+      Vec x = load(total.acc + r * a.dim + d) * inverse;
+      if (gate) x = x * sigmoid(load(gate + d));
+      store(out + d, x);
     }
   }
 }

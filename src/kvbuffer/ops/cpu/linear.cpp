@@ -5,7 +5,7 @@
 //   packed  [ceil(N / kPanel), padded K, kPanel]    model            written by kvb_linear_pack, read by kvb_linear
 //   x       [M, K], row stride x_stride             model            read
 //   bias    [N] or null                             float32          read
-//   out     [M, N], row stride out_stride           model            written
+//   out     [M, N], row stride out_stride           float32|bf16     written
 #include <omp.h>
 
 #include <chrono>
@@ -23,9 +23,9 @@ constexpr int64_t kGroupPanels = 32;
 // Below this many multiply-adds waking the other threads costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 18;
 
-template <class C>
+template <class C, class Out>
 static void linear(const typename C::Element* x, int64_t x_stride, const typename C::Element* packed, const float* bias,
-                   typename C::Element* out, int64_t out_stride, int64_t m, int64_t k, int64_t n) {
+                   Out* out, int64_t out_stride, int64_t m, int64_t k, int64_t n) {
   using Row = typename C::Row;
   const int64_t width = padded_k(k), panels = ceil_div(n, kPanel), row_blocks = ceil_div(m, kBlockRows);
   const int64_t units = row_blocks * panels;
@@ -124,11 +124,16 @@ extern "C" int kvb_bfloat16_compute() {
 }
 
 extern "C" void kvb_linear(const void* x, int64_t x_stride, const void* packed, const float* bias, void* out,
-                           int64_t out_stride, int64_t m, int64_t k, int64_t n, int compute) {
+                           int64_t out_stride, int64_t m, int64_t k, int64_t n, int compute, int out_dtype) {
   with_compute(compute, [&](auto c) {
     using C = decltype(c);
     using T = typename C::Element;
-    linear<C>(static_cast<const T*>(x), x_stride, static_cast<const T*>(packed), bias, static_cast<T*>(out),
-              out_stride, m, k, n);
+    auto run = [&](auto* y) {
+      linear<C>(static_cast<const T*>(x), x_stride, static_cast<const T*>(packed), bias, y, out_stride, m, k, n);
+    };
+    if (out_dtype == 0)
+      run(static_cast<float*>(out));
+    else
+      run(static_cast<bf16*>(out));
   });
 }

@@ -59,14 +59,13 @@ static void group_slots(const int32_t* ids, int64_t slots, int64_t experts, std:
 template <class C>
 static void store_hidden(const float* gate, const float* up, int64_t rows, int64_t panel, int64_t depth,
                          typename C::Row* tile) {
-  using T = typename C::Element;
   for (int v = 0; v < kPanelVecs; ++v) {
     const int64_t column = panel * kPanel + v * kLanes;
     if (column >= depth) break;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = r * kPanel + v * kLanes;
       store(tile + (column / kBlock * rows + r) * kBlock + column % kBlock,
-            swiglu<T>(round_to<T>(load(gate + at)), round_to<T>(load(up + at))));
+            swiglu(load(gate + at), load(up + at)));
     }
   }
 }
