@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from kvbuffer import cli
 from kvbuffer.cli_options import parse_size
+from kvbuffer.engine.config import EngineConfig
 from kvbuffer.errors import ConfigError, ModelError
 from kvbuffer.server import launch
 from tests.server.fake_engine import FakeEngine
@@ -60,6 +63,15 @@ def test_help_does_not_import_torch() -> None:
         "assert not {'torch', 'fastapi', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": ":".join(["src", *sys.path])})
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "chat", "info"])
+def test_options_of_the_engine_have_the_engines_defaults(command: str) -> None:
+    engine = {field.name: field.default for field in dataclasses.fields(EngineConfig) if field.name != "model"}
+    options = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
+    defaults = {option.name: option.default for option in options if option.name in engine}
+    assert defaults == {name: engine[name] for name in defaults}
+    assert "buffer_len" in defaults
 
 
 def test_serve_takes_vllms_flags(served: dict[str, Any]) -> None:

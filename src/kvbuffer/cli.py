@@ -27,6 +27,7 @@ from kvbuffer.cli_options import (
     Threads,
     use_config_file,
 )
+from kvbuffer.engine import defaults
 from kvbuffer.errors import ConfigError, KVBufferError
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="Name in the API; default: MODEL.")] = None,
     dtype: DtypeOption = Dtype.AUTO,
     max_model_len: MaxModelLen = None,
-    max_num_seqs: MaxNumSeqs = 256,
-    max_num_batched_tokens: MaxNumBatchedTokens = 512,
+    max_num_seqs: MaxNumSeqs = defaults.MAX_NUM_SEQS,
+    max_num_batched_tokens: MaxNumBatchedTokens = defaults.MAX_NUM_BATCHED_TOKENS,
     memory: Memory = None,
-    buffer_len: BufferLen = 16,
+    buffer_len: BufferLen = defaults.BUFFER_LEN,
     state_dtype: StateDtype = Dtype.AUTO,
     threads: Threads = None,
     chat_template: Annotated[
@@ -131,7 +132,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling; default: the model's.")] = None,
     dtype: DtypeOption = Dtype.AUTO,
     memory: Memory = None,
-    buffer_len: BufferLen = 16,
+    buffer_len: BufferLen = defaults.BUFFER_LEN,
     threads: Threads = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
 ) -> None:
@@ -157,7 +158,7 @@ def chat(
     ] = None,
     dtype: DtypeOption = Dtype.AUTO,
     memory: Memory = None,
-    buffer_len: BufferLen = 16,
+    buffer_len: BufferLen = defaults.BUFFER_LEN,
     threads: Threads = None,
 ) -> None:
     """Chat in the terminal; Ctrl-C stops a reply, Ctrl-D ends the chat."""
@@ -185,9 +186,9 @@ def info(
     model: Annotated[str | None, typer.Argument(help="Also load this model and print its memory plan.")] = None,
     dtype: DtypeOption = Dtype.AUTO,
     max_model_len: MaxModelLen = None,
-    max_num_seqs: MaxNumSeqs = 256,
+    max_num_seqs: MaxNumSeqs = defaults.MAX_NUM_SEQS,
     memory: Memory = None,
-    buffer_len: BufferLen = 16,
+    buffer_len: BufferLen = defaults.BUFFER_LEN,
     state_dtype: StateDtype = Dtype.AUTO,
 ) -> None:
     """Print the environment, the kernels chosen and why, and MODEL's memory plan and maximum concurrency."""

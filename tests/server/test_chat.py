@@ -9,7 +9,7 @@ import pytest
 
 from tests.server.conftest import ClientFactory
 from tests.server.events import chunks
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import EOS, FakeEngine
 
 HELLO = [{"role": "user", "content": "hé!"}]
 ECHOED = "[user]hé![assistant]"
@@ -69,6 +69,14 @@ async def test_continuous_usage_counts_up(client: httpx.AsyncClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     events = chunks((await chat(client, stream=True, stream_options=options, max_tokens=3)).text)
     assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_token_ids_come_beside_the_text(client: httpx.AsyncClient, stream: bool) -> None:
+    response = await chat(client, return_token_ids=True, stream=stream)
+    events = chunks(response.text) if stream else [response.json()]
+    token_ids = [token for event in events for token in event["choices"][0]["token_ids"]]
+    assert token_ids == [*ECHOED.encode(), EOS]
 
 
 @pytest.mark.parametrize("stream", [False, True])

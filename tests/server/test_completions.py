@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.server.events import chunks
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import EOS, FakeEngine
 
 
 async def complete(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
@@ -91,6 +91,33 @@ async def test_logprobs(client: httpx.AsyncClient, stream: bool) -> None:
 async def test_streams_skip_deltas_without_text(client: httpx.AsyncClient) -> None:
     events = chunks((await complete(client, prompt="é", stream=True)).text)
     assert [event["choices"][0]["text"] for event in events] == ["é", ""]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_token_ids_come_beside_the_text(client: httpx.AsyncClient, stream: bool) -> None:
+    prompts = [[97, 98], [99]]
+    response = await complete(client, prompt=prompts, n=2, return_token_ids=True, stream=stream)
+    expected = [[97, 98, EOS], [97, 98, EOS], [99, EOS], [99, EOS]]
+    if stream:
+        choices = [event["choices"][0] for event in chunks(response.text)]
+        ids = [[token for c in choices if c["index"] == i for token in c["token_ids"]] for i in range(4)]
+    else:
+        choices = response.json()["choices"]
+        ids = [choice["token_ids"] for choice in choices]
+        assert [choice["prompt_token_ids"] for choice in choices] == [[97, 98], [97, 98], [99], [99]]
+    assert ids == expected
+
+
+async def test_streams_with_token_ids_skip_no_token(client: httpx.AsyncClient) -> None:
+    events = chunks((await complete(client, prompt="é", stream=True, return_token_ids=True)).text)
+    choices = [event["choices"][0] for event in events]
+    assert [(c["text"], c["token_ids"]) for c in choices] == [("", [0xC3]), ("é", [0xA9]), ("", [EOS])]
+
+
+@pytest.mark.parametrize("value", [None, False])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_no_token_ids_unless_asked_for(client: httpx.AsyncClient, value: bool | None, stream: bool) -> None:
+    assert "token_ids" not in (await complete(client, prompt="é", return_token_ids=value, stream=stream)).text
 
 
 async def test_a_request_may_name_itself(client: httpx.AsyncClient) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvbuffer.engine import defaults
 from kvbuffer.errors import ConfigError
 from kvbuffer.ops.chunked import CHUNK
 
@@ -38,10 +39,10 @@ class EngineConfig:
     dtype: str = "auto"
     state_dtype: str = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 512
+    max_num_seqs: int = defaults.MAX_NUM_SEQS
+    max_num_batched_tokens: int = defaults.MAX_NUM_BATCHED_TOKENS
     memory: int | None = None
-    buffer_len: int = 16
+    buffer_len: int = defaults.BUFFER_LEN
     threads: int | None = None
     show_progress: bool = True
 

@@ -107,7 +107,7 @@ class Decoder:
             caches: one per layer, as :func:`kvbuffer.cache.store.allocate` makes them; written.
 
         Returns:
-            Logits of the rows asked for, [R, vocab_size] float32: rounding them to bfloat16 would decide close calls by chance.
+            Logits of the rows asked for, [R, vocab_size] float32: in bfloat16, rounding would decide close calls.
         """
         eps = self.config.rms_norm_eps
         residual = F.embedding(inputs.token_ids, self.embedding)

@@ -45,7 +45,7 @@ class Linear:
     Args:
         weight: [N, K], float32 or bfloat16; copied (packed), not kept, when the compiled kernels are present.
         bias: [N] or None; added in float32 before the one rounding to the output dtype.
-        out_dtype: float32 or bfloat16, the weight's if None. Float32 outputs of bfloat16 weights are the unrounded sums.
+        out_dtype: float32 or bfloat16, the weight's if None. Float32 means the unrounded sums.
 
     Attributes:
         in_features: K.

@@ -100,7 +100,6 @@ class SamplingBody(RequestBody):
         "priority": (None, 0),
         "prompt_logprobs": (None,),
         "repetition_detection": (None,),
-        "return_token_ids": (None, False),
         "return_tokens_as_token_ids": (None, False),
         "spaces_between_special_tokens": (None, True),
         "structured_outputs": (None,),
@@ -130,6 +129,8 @@ class SamplingBody(RequestBody):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    #: vLLM: the ids of the tokens beside their text.
+    return_token_ids: bool | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     # Accepted because they change nothing that the client receives.
     user: str | None = None

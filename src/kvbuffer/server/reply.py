@@ -46,6 +46,7 @@ class Reply(ABC):
         token_text: Callable[[int], str],
         include_usage: bool = False,
         continuous_usage: bool = False,
+        return_token_ids: bool = False,
     ) -> None:
         self.request_id = request_id
         self._model = model
@@ -55,10 +56,12 @@ class Reply(ABC):
         self._token_text = token_text
         self._include_usage = include_usage
         self._continuous_usage = include_usage and continuous_usage
+        self._return_token_ids = return_token_ids
         self._index = {f"{request_id}-{i}": i for i in range(num_choices)}
         self._last: list[CompletionDelta | None] = [None] * num_choices
         self._texts: list[list[str]] = [[] for _ in range(num_choices)]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(num_choices)]
+        self._token_ids: list[list[int]] = [[] for _ in range(num_choices)]
         head = json.dumps({"id": request_id, "object": self.chunk_object_name} | self._common_fields())
         self._chunk_head = f'data: {head[:-1]}, "choices": ['
         self._chunk_tail = '], "usage": null}\n\n' if include_usage else "]}\n\n"
@@ -80,7 +83,8 @@ class Reply(ABC):
         events = []
         for delta in deltas:
             index = self._account(delta)
-            if delta.text or delta.logprobs or delta.finish_reason is not None:
+            new_ids = self._return_token_ids and delta.token_ids
+            if delta.text or delta.logprobs or new_ids or delta.finish_reason is not None:
                 tail = self._chunk_tail
                 if self._continuous_usage:
                     tail = f'], "usage": {json.dumps(self.usage())}}}\n\n'
@@ -103,6 +107,8 @@ class Reply(ABC):
             index = self._account(delta)
             self._texts[index].append(delta.text)
             self._logprobs[index].extend(delta.logprobs or ())
+            if self._return_token_ids:
+                self._token_ids[index].extend(delta.token_ids)
 
     def body(self, with_logprobs: bool) -> bytes:
         """Return the whole answer as JSON."""
@@ -113,6 +119,8 @@ class Reply(ABC):
             if last is not None:
                 choice["finish_reason"] = last.finish_reason
                 choice["stop_reason"] = last.stop_reason
+            if self._return_token_ids:
+                choice["token_ids"] = self._token_ids[index]
             choices.append(choice)
         fields = {"id": self.request_id, "object": self.object_name} | self._common_fields()
         return json.dumps(fields | {"choices": choices, "usage": self.usage()}).encode("ascii")
@@ -144,13 +152,13 @@ class Reply(ABC):
     def _common_fields(self) -> dict[str, Any]:
         return {"created": self._created, "model": self._model}
 
-    @staticmethod
-    def _ending(delta: CompletionDelta) -> str:
+    def _ending(self, delta: CompletionDelta) -> str:
         """Return the fields that end a streamed choice."""
+        token_ids = f', "token_ids": {delta.token_ids}' if self._return_token_ids else ""
         if delta.finish_reason is None:
-            return '"finish_reason": null}'
+            return f'"finish_reason": null{token_ids}}}'
         stop_reason = json.dumps(delta.stop_reason)
-        return f'"finish_reason": "{delta.finish_reason.value}", "stop_reason": {stop_reason}}}'
+        return f'"finish_reason": "{delta.finish_reason.value}", "stop_reason": {stop_reason}{token_ids}}}'
 
 
 class ChatReply(Reply):
@@ -197,13 +205,14 @@ class ChatReply(Reply):
 
 
 class CompletionReply(Reply):
-    """Answers ``/v1/completions``; ``echoes`` holds each prompt's text to repeat, or ""."""
+    """Answers ``/v1/completions``; ``echoes`` holds the text of each of ``prompts`` to repeat, or ""."""
 
     object_name = "text_completion"
     chunk_object_name = "text_completion"
 
-    def __init__(self, *args: Any, echoes: list[str], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, prompts: list[list[int]], echoes: list[str], **kwargs: Any) -> None:
+        super().__init__(*args, num_prompts=len(prompts), **kwargs)
+        self._prompts = prompts
         self._echoes = [echo for echo in echoes for _ in range(self._choices_per_prompt)]
         self._text_offsets = [0] * len(self._index)
 
@@ -218,11 +227,14 @@ class CompletionReply(Reply):
 
     def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
         """Return the choice with its text."""
-        return {
+        choice = {
             "index": index,
             "text": self._echoes[index] + text,
             "logprobs": None if logprobs is None else self._text_logprobs(index, logprobs),
         }
+        if self._return_token_ids:
+            choice["prompt_token_ids"] = self._prompts[index // self._choices_per_prompt]
+        return choice
 
     def _text_logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         tokens = [self._token_text(token.token_id) for token in logprobs]

@@ -66,7 +66,7 @@ class Serving:
             num_prompts=1,
             choices_per_prompt=params.n,
             token_text=self.token_text,
-            **_usage_options(body),
+            **_reply_options(body),
         )
         return await self._answer(body, request, [prompt], params, reply)
 
@@ -81,11 +81,11 @@ class Serving:
         reply = CompletionReply(
             _request_id("cmpl", body),
             self.model_name,
-            num_prompts=len(prompts),
             choices_per_prompt=params.n,
             token_text=self.token_text,
+            prompts=prompts,
             echoes=[self._echo(body, prompt) for prompt in body.prompt],
-            **_usage_options(body),
+            **_reply_options(body),
         )
         return await self._answer(body, request, prompts, params, reply)
 
@@ -131,11 +131,9 @@ def _request_id(prefix: str, body: SamplingBody) -> str:
     return f"{prefix}-{body.request_id or uuid.uuid4().hex}"
 
 
-def _usage_options(body: SamplingBody) -> dict[str, bool]:
-    options = body.stream_options
-    if options is None:
-        return {}
-    return {
-        "include_usage": bool(options.include_usage),
-        "continuous_usage": bool(options.continuous_usage_stats),
-    }
+def _reply_options(body: SamplingBody) -> dict[str, bool]:
+    options = {"return_token_ids": bool(body.return_token_ids)}
+    if body.stream_options is not None:
+        options["include_usage"] = bool(body.stream_options.include_usage)
+        options["continuous_usage"] = bool(body.stream_options.continuous_usage_stats)
+    return options

@@ -71,7 +71,7 @@ static void read_columns(const S* s, int64_t K, int64_t V, const float* k, const
   for (int64_t r = 0; r < K; ++r, s += V) {
     const float kr = k[r], qr = q[r];
     for (int j = 0; j < NV; ++j) {
-      __builtin_prefetch(s + 8 * V + j * kLanes);
+      __builtin_prefetch(s + 16 * V + j * kLanes);
       const Vec x = load(s + j * kLanes);
       ak[j] += kr * x;
       aq[j] += qr * x;
@@ -90,7 +90,7 @@ KVB_SINGLE_COPY static void fold_columns(S* s, int64_t K, int64_t V, float decay
   for (int64_t r = 0; r < K; ++r, s += V) {
     Vec x[NV];
     for (int j = 0; j < NV; ++j) {
-      __builtin_prefetch(s + 8 * V + j * kLanes, 1);
+      __builtin_prefetch(s + 16 * V + j * kLanes, 1);
       x[j] = decay * load(s + j * kLanes);
     }
     for (int64_t i = 0; i < n; ++i) {

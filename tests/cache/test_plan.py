@@ -1,0 +1,132 @@
+"""The plan keeps to its budget, always serves one longest request, and its maximum concurrency is the true one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvbuffer.cache.memory import RequestMemory
+from kvbuffer.cache.plan import MemoryPlan, attention_pages, default_budget
+from kvbuffer.cache.store import allocate
+from kvbuffer.errors import CapacityError
+from tests.support.plans import plan_for, shape
+
+MIB = 1 << 20
+
+
+def admitted(plan: MemoryPlan, tokens: int) -> int:
+    """Requests of ``tokens`` tokens that really get memory."""
+    memory, count = RequestMemory(plan), 0
+    while memory.can_admit(tokens):
+        memory.admit(tokens)
+        count += 1
+    memory.check_integrity()
+    return count
+
+
+@given(
+    budget=st.integers(1, 64 * MIB),
+    max_model_len=st.none() | st.integers(2, 4096),
+    max_num_seqs=st.integers(1, 300),
+    buffer_len=st.integers(1, 70),
+    linear=st.integers(0, 3),
+    attention=st.integers(0, 2),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_plans_keep_their_promises(
+    budget: int, max_model_len: int | None, max_num_seqs: int, buffer_len: int, linear: int, attention: int, dtype
+) -> None:
+    if linear + attention == 0:
+        return
+    options = {"max_num_seqs": max_num_seqs, "buffer_len": buffer_len, "dtype": dtype}
+    try:
+        plan = plan_for(shape(linear, attention), budget, max_model_len=max_model_len, **options)
+    except CapacityError:
+        return
+    assert plan.total_bytes <= budget
+    assert 1 <= plan.num_slots <= max_num_seqs
+    assert plan.max_model_len == (max_model_len or plan.max_model_len) <= 4096
+    assert plan.num_attention_pages >= attention_pages(plan.max_model_len)
+    for length in {1, min(16, plan.max_model_len), min(17, plan.max_model_len), plan.max_model_len}:
+        assert plan.max_concurrency(length) == admitted(plan, length) >= 1
+    assert plan.record_pages_per_slot * plan.record_page_size >= buffer_len
+
+
+@pytest.mark.parametrize(("linear", "attention"), [(3, 1), (2, 0), (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tensors_take_exactly_the_bytes_planned(linear: int, attention: int, dtype: torch.dtype) -> None:
+    plan = plan_for(shape(linear, attention), 8 * MIB, dtype=dtype, max_num_seqs=3)
+    tensors = []
+    for cache in allocate(shape(linear, attention), plan):
+        for part in cache:
+            tensors += [part] if isinstance(part, torch.Tensor) else list(part)
+    assert sum(t.numel() * t.element_size() for t in tensors) == plan.total_bytes
+
+
+def test_a_budget_too_small_says_how_much_is_needed_and_what_to_do() -> None:
+    with pytest.raises(CapacityError) as caught:
+        plan_for(shape(), MIB, max_model_len=4096)
+    message = str(caught.value)
+    assert "1 MiB of cache memory" in message
+    assert "one request of 4096 tokens" in message
+    assert "MiB: raise --memory or lower --max-model-len" in message
+
+
+def test_the_least_budget_is_the_one_the_error_names() -> None:
+    plan = plan_for(shape(), max_model_len=512, max_num_seqs=1)
+    assert plan_for(shape(), plan.total_bytes, max_model_len=512).num_slots == 1
+    with pytest.raises(CapacityError):
+        plan_for(shape(), plan.total_bytes - 1, max_model_len=512)
+
+
+def test_the_models_own_length_is_the_default_and_is_cut_to_what_fits() -> None:
+    assert plan_for(shape(max_position_embeddings=1000)).max_model_len == 1000
+    cut = plan_for(shape(), MIB)
+    assert 16 <= cut.max_model_len < 4096
+    assert cut.max_model_len % 16 == 0
+    with pytest.raises(CapacityError):
+        plan_for(shape(), MIB, max_model_len=cut.max_model_len + 1)
+
+
+def test_the_limit_named_is_the_one_that_binds() -> None:
+    roomy = plan_for(shape(), max_num_seqs=4, max_model_len=256)
+    assert (roomy.max_concurrency(256), roomy.binding_limit(256)) == (4, "--max-num-seqs")
+    few_pages = plan_for(shape(), 4 * MIB, max_num_seqs=64)
+    assert few_pages.binding_limit(few_pages.max_model_len) == "attention pages (--memory)"
+    few_slots = plan_for(shape(), 4 * MIB, max_num_seqs=1000, max_model_len=64)
+    assert few_slots.max_concurrency(1) == few_slots.num_slots < 1000
+    assert few_slots.binding_limit(1) == "state slots (--memory)"
+
+
+def test_without_attention_layers_length_costs_nothing() -> None:
+    plan = plan_for(shape(attention=0), MIB, max_num_seqs=1000)
+    assert plan.attention_page_bytes == 0
+    assert plan.max_model_len == 4096
+    assert plan.max_concurrency(1) == plan.max_concurrency(4096) == plan.num_slots > 1
+    assert plan.binding_limit(4096) == "state slots (--memory)"
+
+
+def test_smaller_types_make_room_for_more_requests() -> None:
+    options = {"budget": 4 * MIB, "max_num_seqs": 10_000, "max_model_len": 64}
+    exact = plan_for(shape(), **options)
+    states = plan_for(shape(), **options, state_dtype=torch.bfloat16)
+    assert exact.num_slots < states.num_slots
+    assert states.num_slots < plan_for(shape(), **options, state_dtype=torch.bfloat16, dtype=torch.bfloat16).num_slots
+
+
+def test_describe_tells_the_pools_and_the_true_concurrency() -> None:
+    plan = plan_for(shape(), 64 * MIB, max_num_seqs=8)
+    text = plan.describe()
+    assert f"{plan.num_slots} state slots" in text
+    assert f"{plan.num_attention_pages} attention pages" in text
+    assert "buffers of 16 tokens, pages of 16" in text
+    for length in (128, 2048, 4096):
+        assert f"{plan.max_concurrency(length)} requests of {length} tokens (limited by " in text
+    assert plan_for(shape(), max_model_len=100).describe().count("requests of") == 1
+
+
+def test_the_default_budget_leaves_room_for_weights() -> None:
+    assert default_budget(1 << 60) == 0
+    assert 0 < default_budget(0) < 1 << 50

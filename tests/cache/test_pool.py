@@ -1,0 +1,60 @@
+"""A pool hands out numbers, each to one holder at a time."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvbuffer.cache.pool import BlockPool
+
+
+def test_every_block_is_handed_out_once() -> None:
+    pool = BlockPool(5, "pages")
+    assert sorted(pool.take(2) + pool.take(0) + pool.take(3)) == [0, 1, 2, 3, 4]
+    assert (pool.num_free, pool.num_used) == (0, 5)
+    pool.check_integrity()
+
+
+def test_blocks_given_back_are_handed_out_again() -> None:
+    pool = BlockPool(2, "pages")
+    blocks = pool.take(2)
+    pool.give_back(blocks[:1])
+    assert (pool.num_free, pool.num_used) == (1, 1)
+    assert pool.take(1) == blocks[:1]
+    pool.check_integrity()
+
+
+def test_taking_more_than_is_free_takes_nothing() -> None:
+    pool = BlockPool(3, "state slots")
+    pool.take(2)
+    with pytest.raises(RuntimeError, match="asked for 2 state slots, 1 of 3 are free"):
+        pool.take(2)
+    assert pool.num_free == 1
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("block", [1, 7])
+def test_giving_back_what_is_not_in_use_is_an_error(block: int) -> None:
+    pool = BlockPool(2, "pages")
+    assert pool.take(1) == [0]
+    with pytest.raises(RuntimeError, match=f"pages {block} given back but not in use"):
+        pool.give_back([block])
+
+
+def test_giving_back_twice_is_an_error() -> None:
+    pool = BlockPool(2, "pages")
+    blocks = pool.take(1)
+    with pytest.raises(RuntimeError, match="not in use"):
+        pool.give_back(blocks * 2)
+
+
+def test_check_integrity_finds_a_lost_block() -> None:
+    pool = BlockPool(2, "pages")
+    pool._free.pop()
+    with pytest.raises(RuntimeError, match="do not add up to 2"):
+        pool.check_integrity()
+
+
+def test_a_pool_may_be_empty() -> None:
+    pool = BlockPool(0, "pages")
+    assert pool.take(0) == []
+    pool.check_integrity()

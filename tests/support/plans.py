@@ -1,0 +1,85 @@
+"""Memory plans and engines of chosen sizes, where a byte budget would be a detour."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvbuffer.cache.plan import MemoryPlan, plan_memory
+from kvbuffer.cache.shapes import CacheShape, LinearShape
+from kvbuffer.engine.config import EngineConfig
+from kvbuffer.engine.engine import Engine
+from kvbuffer.engine.request import CompletionDelta
+from kvbuffer.models.config import ModelConfig
+from kvbuffer.tokenizer import Tokenizer
+
+LINEAR = LinearShape(num_key_heads=2, num_value_heads=4, key_head_dim=16, value_head_dim=32, conv_kernel=4)
+
+
+def shape(linear: int = 3, attention: int = 1, max_position_embeddings: int = 4096) -> CacheShape:
+    """A model of ``linear`` and ``attention`` layers."""
+    types = ("linear_attention",) * linear + ("full_attention",) * attention
+    return CacheShape(types, LINEAR, num_kv_heads=2, head_dim=32, max_position_embeddings=max_position_embeddings)
+
+
+def plan_for(cache_shape: CacheShape, budget: int = 1 << 30, **options: Any) -> MemoryPlan:
+    """``plan_memory`` in float32 with the options that a test does not care about filled in."""
+    defaults = {"max_model_len": None, "max_num_seqs": 64, "buffer_len": 16}
+    types = {"dtype": torch.float32, "state_dtype": torch.float32}
+    return plan_memory(cache_shape, budget=budget, **{**defaults, **types, **options})
+
+
+def sized_plan(slots: int, pages: int, max_model_len: int = 128, buffer_len: int = 16) -> MemoryPlan:
+    """A plan of exactly so many state slots and attention pages."""
+    plan = plan_for(shape(), max_model_len=max_model_len, buffer_len=buffer_len)
+    return dataclasses.replace(plan, num_slots=slots, num_attention_pages=pages)
+
+
+def sized_engine(
+    folder: Path, slots: int = 8, pages: int = 64, max_model_len: int = 128, buffer_len: int = 4, tokens: int = 128
+) -> Engine:
+    """A float32 engine of exactly so many state slots, attention pages and tokens per step."""
+    config = EngineConfig(
+        str(folder), dtype="float32", max_num_batched_tokens=tokens, buffer_len=buffer_len, show_progress=False
+    )
+    model = ModelConfig.from_folder(folder)
+    plan = plan_for(model.cache_shape, max_model_len=max_model_len, buffer_len=buffer_len)
+    plan = dataclasses.replace(plan, num_slots=slots, num_attention_pages=pages)
+    return Engine(config, folder, model, plan, Tokenizer(folder))
+
+
+class Outputs:
+    """What an engine has reported so far, per request."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.text: dict[str, str] = {}
+        self.last: dict[str, CompletionDelta] = {}
+
+    def add(self, deltas: Iterable[CompletionDelta]) -> None:
+        """Append the deltas of a step."""
+        for delta in deltas:
+            self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            self.text[delta.request_id] = self.text.get(delta.request_id, "") + delta.text
+            self.last[delta.request_id] = delta
+
+
+def drain(engine: Engine) -> Outputs:
+    """Step until nothing is left; the engine must end clean."""
+    outputs = Outputs()
+    while engine.has_work():
+        outputs.add(engine.step())
+    check_idle(engine)
+    return outputs
+
+
+def check_idle(engine: Engine) -> None:
+    """Nothing runs, waits or holds memory."""
+    engine.check_integrity()
+    stats = engine.stats
+    assert stats.num_running == stats.num_waiting == 0
+    assert stats.state_slots_used == stats.record_pages_used == stats.attention_pages_used == 0
