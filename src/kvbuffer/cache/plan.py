@@ -148,9 +148,11 @@ def plan_memory(
             f"{_size(budget)} of cache memory cannot hold one request of {max_model_len} tokens, which needs "
             f"{_size(needed)}: raise --memory or lower --max-model-len"
         )
-    # Slots first, as many as can each have a typical context; attention pages take the rest.
+    # Slots first, as many as can each have a typical context; attention pages take the rest. Without linear-attention
+    # layers a slot costs nothing.
     typical = attention_pages(min(max_model_len, TYPICAL_CONTEXT)) * page_bytes
-    slots = max(1, min(max_num_seqs, budget // (per_request + typical), 1 + (budget - needed) // per_request))
+    spare = (budget - needed) // per_request if per_request else max_num_seqs
+    slots = max(1, min(max_num_seqs, budget // (per_request + typical), 1 + spare))
     pages = slots * pages_for_longest
     if page_bytes:
         pages = min(pages, (budget - slots * per_request) // page_bytes)

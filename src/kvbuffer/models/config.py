@@ -92,6 +92,8 @@ class ModelConfig:
             raise ModelError(f"{folder} has no config.json: not a Hugging Face checkpoint folder") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ModelError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise ModelError(f"{path} must hold a JSON object, got {type(raw).__name__}")
         return cls.from_dict(raw)
 
     @classmethod
@@ -131,6 +133,11 @@ class ModelConfig:
                 f"linear_num_value_heads ({linear.num_value_heads}) must be a multiple of linear_num_key_heads "
                 f"({linear.num_key_heads})"
             )
+        kv_heads = fields.integer("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise ModelError(
+                f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads}) in config.json"
+            )
         moe, sparse = _moe(fields, architecture, layers)
         eos = fields.get("eos_token_id")
         return cls(
@@ -142,7 +149,7 @@ class ModelConfig:
             layer_types=layer_types,
             sparse_layers=sparse,
             num_heads=heads,
-            num_kv_heads=fields.integer("num_key_value_heads", heads),
+            num_kv_heads=kv_heads,
             head_dim=head_dim,
             rotary_dim=rotary_dim,
             rope_theta=theta,
@@ -171,8 +178,10 @@ class _Fields:
         value = self.get(name, default)
         if value is None:
             raise ModelError(f"config.json has no {name}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ModelError(f"{name} in config.json must be a non-negative integer, got {value!r}")
+        # Zero is allowed only where it is the default: it means that there is none of these.
+        if isinstance(value, bool) or not isinstance(value, int) or value < (default != 0):
+            kind = "non-negative" if default == 0 else "positive"
+            raise ModelError(f"{name} in config.json must be a {kind} integer, got {value!r}")
         return int(value)
 
 
@@ -198,6 +207,8 @@ def _moe(fields: _Fields, architecture: str, layers: int) -> tuple[MoeConfig | N
         shared_intermediate_size=fields.integer("shared_expert_intermediate_size"),
         normalize=bool(fields.get("norm_topk_prob", True)),
     )
+    if moe.top_k > experts:
+        raise ModelError(f"num_experts_per_tok ({moe.top_k}) must be at most num_experts ({experts}) in config.json")
     dense = set(fields.get("mlp_only_layers", []))
     step = fields.integer("decoder_sparse_step", 1)
     return moe, tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))

@@ -85,7 +85,10 @@ class WeightReader:
     def _shards(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise ModelError(f"{index} is not an index of shards: it must hold a weight_map") from None
             missing = [name for name in names if not (self.folder / name).exists()]
             if missing:
                 raise ModelError(f"{index.name} names shards that are not in {self.folder}: {', '.join(missing)}")

@@ -64,5 +64,5 @@ def _causal_conv_portable(
         taps_first = weight.T.unsqueeze(1)  # [C, 1, W]
         conv = F.conv1d(inputs.float().T.unsqueeze(0), taps_first, groups=channels)
         out[begin:end] = F.silu(conv[0].T)
-        state[slot] = inputs[-(taps - 1) :]
+        state[slot] = inputs[end - begin :]
     return out

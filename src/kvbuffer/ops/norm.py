@@ -69,7 +69,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     lib = dispatch.cpu_kernels()
     if lib is None:
         normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-        return (normed.reshape(tokens, -1) * F.silu(gate.float())).to(gate.dtype)
+        return (normed.flatten(1) * F.silu(gate.float())).to(gate.dtype)
     out = torch.empty(tokens, heads * dim, dtype=gate.dtype)
     _bind(lib).kvb_gated_rms_norm(
         x.data_ptr(), gate.data_ptr(), gate.stride(0), weight.data_ptr(), out.data_ptr(), tokens, heads, dim, eps,

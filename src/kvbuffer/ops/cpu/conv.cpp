@@ -16,13 +16,16 @@
 namespace kvb {
 namespace {  // names of this file: two files may use the same one
 
+// Below this many outputs waking the other threads costs more than it saves.
+constexpr int64_t kSerialOutputs = 1 << 13;
+
 template <typename T>
 static void causal_conv(const T* x, int64_t x_stride, const float* weight, T* state, const int32_t* slots,
                         const int32_t* cu_seqlens, const uint8_t* fresh, float* out, int64_t B, int64_t C, int64_t W) {
   // Tasks are channel blocks of requests: a task owns its slice of the rolling inputs, so reading and updating need no
   // barrier, and one request alone still uses every thread.
   const int64_t block = 512, blocks = (C + block - 1) / block;
-#pragma omp parallel for schedule(static) collapse(2)
+#pragma omp parallel for schedule(static) collapse(2) if (cu_seqlens[B] * C > kSerialOutputs)
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t blk = 0; blk < blocks; ++blk) {
       const int64_t c0 = blk * block, n = std::min(block, C - c0), begin = cu_seqlens[b],

@@ -1,0 +1,16 @@
+"""A tiny checkpoint that the engine's tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkpoints import make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One linear-attention layer, one full-attention layer, random weights; not to be written to."""
+    layers = ["linear_attention", "full_attention"]
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), "qwen3_5", num_hidden_layers=2, layer_types=layers)

@@ -1,0 +1,96 @@
+"""Requests come, step and go at random on very little memory; each greedy output is the one obtained alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from kvbuffer import SamplingParams
+from kvbuffer.engine.engine import Engine
+from tests.support.checkpoints import VOCAB_SIZE
+from tests.support.plans import Outputs, check_idle, drain, sized_engine
+
+MAX_LEN = 96
+OUTPUT_LEN = 24
+PROMPTS = [
+    torch.randint(3, VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+    for n in (1, 2, 15, 16, 17, 33, 63, 64, 65, 72)
+]
+
+
+def params(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path) -> list[list[int]]:
+    engine = sized_engine(tiny, max_model_len=MAX_LEN)
+    outputs = []
+    for prompt in PROMPTS:
+        engine.add_request("r", prompt, params(OUTPUT_LEN))
+        outputs.append(drain(engine).tokens["r"])
+    return outputs
+
+
+def test_any_order_of_events_gives_the_outputs_obtained_alone(tiny: Path, expected: list[list[int]]) -> None:
+    engine = sized_engine(tiny, slots=4, pages=9, max_model_len=MAX_LEN, buffer_len=3, tokens=64)
+
+    class Machine(EngineMachine):
+        def __init__(self) -> None:
+            super().__init__(engine, expected)
+
+    run_state_machine_as_test(Machine, settings=settings(max_examples=20, stateful_step_count=40, deadline=None))
+    assert engine.stats.num_preemptions > 0
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Adds, steps and aborts; the model is the table of outputs obtained alone."""
+
+    def __init__(self, engine: Engine, expected: list[list[int]]) -> None:
+        super().__init__()
+        self.engine, self.expected = engine, expected
+        self.outputs = Outputs()
+        self.live: dict[str, list[int]] = {}
+        self.count = 0
+
+    @rule(which=st.integers(0, len(PROMPTS) - 1), max_tokens=st.integers(1, OUTPUT_LEN))
+    def add(self, which: int, max_tokens: int) -> None:
+        request_id = str(self.count)
+        self.count += 1
+        self.engine.add_request(request_id, PROMPTS[which], params(max_tokens))
+        self.live[request_id] = self.expected[which][:max_tokens]
+
+    @rule(times=st.integers(1, 6))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            deltas = self.engine.step()
+            self.outputs.add(deltas)
+            assert deltas or not self.engine.has_work() or self.engine.stats.num_running
+            for delta in deltas:
+                if delta.finish_reason is not None:
+                    assert self.outputs.tokens[delta.request_id] == self.live.pop(delta.request_id)
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        if self.live:
+            request_id = data.draw(st.sampled_from(sorted(self.live)))
+            self.engine.abort_request(request_id)
+            del self.live[request_id]
+
+    @invariant()
+    def memory_is_sound(self) -> None:
+        self.engine.check_integrity()
+        assert self.engine.stats.num_running + self.engine.stats.num_waiting == len(self.live)
+
+    def teardown(self) -> None:
+        for _ in range(2000):
+            if not self.engine.has_work():
+                break
+            self.step(1)
+        assert not self.live
+        check_idle(self.engine)
