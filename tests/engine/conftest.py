@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.checkpoints import make_checkpoint
 
@@ -14,3 +16,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One linear-attention layer, one full-attention layer, random weights; not to be written to."""
     layers = ["linear_attention", "full_attention"]
     return make_checkpoint(tmp_path_factory.mktemp("tiny"), "qwen3_5", num_hidden_layers=2, layer_types=layers)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Waking a second thread costs more than a tiny model's whole step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

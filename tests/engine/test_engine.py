@@ -65,7 +65,7 @@ def watch_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch, edit) -> None:
     forward = engine._model.forward
 
     def edited(inputs, caches) -> Tensor:
-        logits = forward(inputs, caches)
+        logits = forward(inputs, caches).clone()  # inference tensors cannot be edited
         edit(inputs, logits)
         return logits
 

@@ -44,7 +44,7 @@ def test_any_order_of_events_gives_the_outputs_obtained_alone(tiny: Path, expect
         def __init__(self) -> None:
             super().__init__(engine, expected)
 
-    run_state_machine_as_test(Machine, settings=settings(max_examples=20, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=50, deadline=None))
     assert engine.stats.num_preemptions > 0
 
 

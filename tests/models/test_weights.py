@@ -89,7 +89,7 @@ class TestResolving:
 
     @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "nowhere", "a/b/c", "~/no-such-folder-here"])
     def test_a_missing_folder_says_what_may_be_given(self, name: str) -> None:
-        with pytest.raises(ModelError, match="no folder .*give a checkpoint folder, a hub id .* or 'demo'"):
+        with pytest.raises(ModelError, match=r"no folder .*give a checkpoint folder, a hub id .* or 'demo'"):
             resolve_model(name)
 
     def test_a_file_is_not_a_checkpoint(self, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def causal_conv(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, cu_seql
 def _causal_conv_portable(
     x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, cu_seqlens: Tensor, fresh: Tensor
 ) -> Tensor:
-    taps, channels = weight.shape
+    channels = weight.shape[1]
     out = torch.empty(x.shape[0], channels, dtype=torch.float32)
     borders = cu_seqlens.tolist()
     for b, slot in enumerate(slots.tolist()):
