@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvbuffer.engine.engine import Engine
 from tests.support.checkpoints import make_checkpoint
+from tests.support.plans import check_idle, sized_engine
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shared(tiny: Path) -> Engine:
+    """One engine for all tests that leave it idle; its memory is used again and again."""
+    return sized_engine(tiny, max_model_len=128)
+
+
+@pytest.fixture
+def engine(shared: Engine) -> Iterator[Engine]:
+    yield shared
+    for request_id in list(shared._requests):
+        shared.abort_request(request_id)
+    check_idle(shared)
