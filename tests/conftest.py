@@ -7,6 +7,9 @@ import torch
 
 from kvbuffer.ops import dispatch
 
+# The models here are tiny: a second thread saves nothing, and on a busy machine waiting for it costs whole time slices.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(params=["cpu", "portable"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kvbuffer.cache.shapes import CacheShape
-from kvbuffer.errors import CapacityError
+from kvbuffer.errors import CapacityError, ConfigError
 from kvbuffer.ops.attention import PAGE_SIZE
 
 #: Context length for which slots and attention pages are balanced when memory cannot serve the longest for everyone.
@@ -125,6 +125,7 @@ def plan_memory(
 
     Raises:
         CapacityError: the budget cannot hold one request of the length asked for.
+        ConfigError: the length asked for is more than the model was made for.
     """
     linear, activation = shape.linear, dtype.itemsize
     state = linear.num_value_heads * linear.key_head_dim * linear.value_head_dim * state_dtype.itemsize
@@ -136,6 +137,11 @@ def plan_memory(
     page_bytes = shape.num_attention_layers * 2 * shape.num_kv_heads * PAGE_SIZE * shape.head_dim * activation
     per_request = slot_bytes + math.ceil(buffer_len / record_page_size) * record_page_bytes
 
+    if max_model_len is not None and max_model_len > shape.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} is more than the {shape.max_position_embeddings} tokens the model was made "
+            "for (max_position_embeddings in config.json): lower it"
+        )
     if max_model_len is None:
         fits = shape.max_position_embeddings
         if page_bytes:

@@ -24,7 +24,8 @@ class EngineConfig:
         state_dtype: dtype of the linear-attention states, ``auto`` (float32), ``float32`` or ``bfloat16``.
         max_model_len: longest request in tokens, prompt and output; the model's own, if it fits, by default.
         max_num_seqs: at most this many requests run at once.
-        max_num_batched_tokens: at most this many tokens are computed in a step; prompts are split to fit.
+        max_num_batched_tokens: at most this many tokens are computed in a step, prompts being split to fit; exceeded
+            only to let 64 prompt tokens in beside many decoding requests.
         memory: bytes for states, buffers and attention pages; by default half of the free memory.
         buffer_len: tokens a KV buffer holds before it is folded into the state.
         threads: CPU threads; PyTorch's choice by default.

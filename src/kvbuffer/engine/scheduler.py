@@ -2,7 +2,8 @@
 
 There are no phases. A request has computed some of its tokens and wants to reach all that are known; a token budget per
 step shares that out: first one token for each request that decodes, then prompts, oldest first. A prompt that does not
-fit is split at a multiple of the chunk length, which changes nothing in its result.
+fit is split at a multiple of the chunk length, which changes nothing in its result. Nothing starves: every request that
+decodes gets its token, and however many they are, one chunk of a prompt is let in beside them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Scheduler:
 
     Args:
         memory: where requests live.
-        max_num_batched_tokens: token budget of a step.
+        max_num_batched_tokens: token budget of a step, exceeded only so that nothing starves.
 
     Attributes:
         waiting: requests without memory, next first.
@@ -51,11 +52,10 @@ class Scheduler:
     def schedule(self) -> list[ScheduledRequest]:
         """Return the next step: requests that decode first, then those that prefill. Memory is taken for all of it."""
         self._make_room_for_decodes()
-        decodes = [r for r in self.running if not r.is_prefilling][: self.max_num_batched_tokens]
-        budget = self.max_num_batched_tokens - len(decodes)
-        batch = [ScheduledRequest(request, 1) for request in decodes]
+        batch = [ScheduledRequest(request, 1) for request in self.running if not request.is_prefilling]
+        budget = max(CHUNK, self.max_num_batched_tokens - len(batch))
         for request in self._prefilling():
-            remaining = request.num_prefill_tokens - request.num_computed_tokens
+            remaining = len(request.token_ids) - request.num_computed_tokens
             # A part of a prompt ends at a chunk border.
             count = remaining if remaining <= budget else budget // CHUNK * CHUNK
             if count == 0:
@@ -82,13 +82,13 @@ class Scheduler:
             request = self.waiting[0]
             if not self.memory.can_admit(len(request.token_ids)):
                 return
-            request.num_prefill_tokens = len(request.token_ids)
             yield request
 
     def _admit(self, request: Request) -> None:
         # Pages for all known tokens are taken at once, so that a prompt never stops half-way for want of memory.
         self.waiting.popleft()
         request.slot = self.memory.admit(len(request.token_ids))
+        request.num_prefill_tokens = len(request.token_ids)
         self.running.append(request)
         request.scheduled_at = request.scheduled_at or time.monotonic()
 
