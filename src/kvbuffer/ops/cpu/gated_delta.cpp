@@ -165,6 +165,7 @@ static void buffered_decode(const float* q, int64_t q_stride, const float* k, in
   const int64_t rep = HV / HK;
 #pragma omp parallel
   {
+    const FlushDenormals flush;
     static thread_local HeadScratch tmp;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < B * HV; ++task) {
@@ -213,6 +214,7 @@ static void fold_states(S* states, const int32_t* slots, float* rec_keys, float*
   const std::vector<float> zeros(K, 0.f);
 #pragma omp parallel
   {
+    const FlushDenormals flush;
     static thread_local HeadScratch tmp;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < B * HV; ++task) {
@@ -233,6 +235,7 @@ static void recurrent_decode(const float* q, int64_t q_stride, const float* k, i
   const int64_t rep = HV / HK;
 #pragma omp parallel
   {
+    const FlushDenormals flush;
     static thread_local HeadScratch tmp;
     tmp.reserve(K, V, 1);
 #pragma omp for schedule(static)
