@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.plan import MemoryPlan, attention_pages, default_budget
 from kvbuffer.cache.store import allocate
-from kvbuffer.errors import CapacityError
+from kvbuffer.errors import CapacityError, ConfigError
 from tests.support.plans import plan_for, shape
 
 MIB = 1 << 20
@@ -130,3 +130,8 @@ def test_describe_tells_the_pools_and_the_true_concurrency() -> None:
 def test_the_default_budget_leaves_room_for_weights() -> None:
     assert default_budget(1 << 60) == 0
     assert 0 < default_budget(0) < 1 << 50
+
+
+def test_a_context_longer_than_the_models_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"4097 is more than the 4096 tokens.*lower it"):
+        plan_for(shape(), max_model_len=4097)

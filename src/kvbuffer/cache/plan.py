@@ -139,8 +139,8 @@ def plan_memory(
 
     if max_model_len is not None and max_model_len > shape.max_position_embeddings:
         raise ConfigError(
-            f"--max-model-len {max_model_len} is more than the {shape.max_position_embeddings} tokens the model was made "
-            "for (max_position_embeddings in config.json): lower it"
+            f"--max-model-len {max_model_len} is more than the {shape.max_position_embeddings} tokens the model was "
+            "made for (max_position_embeddings in config.json): lower it"
         )
     if max_model_len is None:
         fits = shape.max_position_embeddings
