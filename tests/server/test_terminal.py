@@ -48,6 +48,7 @@ def test_ctrl_c_stops_a_reply_and_the_chat_goes_on(monkeypatch: pytest.MonkeyPat
             raise EOFError from None
 
     monkeypatch.setattr("rich.console.Console.input", read)
+    handler = signal.getsignal(signal.SIGINT)
     seen: list[list[str]] = []
 
     def reply(messages: terminal.Messages) -> Generator[str, None, None]:
@@ -61,4 +62,4 @@ def test_ctrl_c_stops_a_reply_and_the_chat_goes_on(monkeypatch: pytest.MonkeyPat
 
     terminal.converse(reply)
     assert seen == [["first"], ["first", "ab", "second"]]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
