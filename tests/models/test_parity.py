@@ -102,7 +102,7 @@ def test_transformers_generate(oracle: Oracle) -> None:
         assert out[0, len(prompt) :].tolist() == expected
 
 
-@pytest.mark.parametrize("oracle", ["qwen3_next", "qwen3_5"], indirect=True)
+@pytest.mark.parametrize("oracle", [*CHECKPOINTS, "demo"], indirect=True)
 @pytest.mark.parametrize("buffer_len", [1, 4, 32, 64])
 @pytest.mark.parametrize("max_num_batched_tokens", [64, 4096], ids=["chunked", "whole"])
 def test_every_buffer_length_with_prompts_chunked_and_whole(
