@@ -79,12 +79,13 @@ def serve(
     from kvbuffer.engine.async_engine import AsyncEngine
     from kvbuffer.ops.dispatch import explain
     from kvbuffer.server.app import create_app
-    from kvbuffer.server.launch import Server, bind, raise_open_files_limit
+    from kvbuffer.server.launch import Server, bind, call_in_thread, raise_open_files_limit
 
     template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
     listener = bind(host, port)
     raise_open_files_limit()
-    engine = load_engine(
+    engine = call_in_thread(
+        load_engine,
         model=model,
         served_model_name=served_model_name,
         dtype=dtype.value,

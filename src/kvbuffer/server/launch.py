@@ -10,12 +10,16 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
 
 from kvbuffer.engine.async_engine import AsyncEngine
 from kvbuffer.errors import ConfigError
+
+T = TypeVar("T")
 
 # After the engine has ended the running requests, their last bytes and connections get this long.
 _CLOSING_TIMEOUT_S = 5
@@ -104,6 +108,25 @@ class Server(uvicorn.Server):
         finally:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
+
+
+def call_in_thread(function: Callable[..., T], **options: Any) -> T:
+    """Return ``function(**options)``, run in a thread that ends with it.
+
+    OpenMP keeps a team of workers for every thread that ever ran a parallel loop. Once there are more of them than
+    cores it puts workers to sleep between loops, and waking them costs a decode step about a fifth of its time. So the
+    model is loaded in a thread that takes its team with it, and only the engine's thread has one.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(**options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # a daemon, so that Ctrl-C need not wait for it
+    return future.result()
 
 
 def raise_open_files_limit() -> None:
