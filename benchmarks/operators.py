@@ -177,19 +177,19 @@ def _paged_attention(result, q, pages, page_table, cu_seqlens, context_lens, gat
     return Work("paged_attention", num_bytes, 4 * tokens * q.shape[1] * q.shape[2])
 
 
-def _buffered_decode(result, rule, q, k, v, g, beta, states, slots, records, page_table, fill, fold) -> Work:
+def _buffered_decode(result, rule, tokens, states, slots, records, page_table, fill, fold) -> Work:
     requests, folds, recorded = slots.numel(), int(fold.sum()), int(fill.sum())
     # Reading the state for the products with k and q needs it once; a fold writes it once more.
-    state_bytes = (requests + folds) * states[0].nbytes
+    state_bytes = (requests + folds) * states.data[0].nbytes
     record_bytes = (recorded + requests) * sum(pool[0, :, 0].nbytes for pool in records)
-    heads, key_dim, value_dim = states.shape[1:]
+    heads, key_dim, value_dim = states.data.shape[1:]
     folded = int((fill * fold).sum())
     # Two products with the state and, per record, two with its key and two with its value; a fold adds one outer
     # product per record.
     flops = 4 * requests * heads * key_dim * value_dim
     flops += 4 * (recorded - folded + requests) * heads * (key_dim + value_dim)
     flops += 2 * folded * heads * key_dim * value_dim
-    return Work("buffered_decode", state_bytes + record_bytes + _nbytes(q, k, v, result), flops)
+    return Work("buffered_decode", state_bytes + record_bytes + _nbytes(*tokens[:3], result), flops)
 
 
 if __name__ == "__main__":

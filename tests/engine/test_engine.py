@@ -13,6 +13,7 @@ from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import FinishReason
 from kvbuffer.errors import InvalidRequestError
 from tests.support.checkpoints import EOS_TOKEN_ID, VOCAB_SIZE
+from tests.support.operators import poison
 from tests.support.plans import Outputs, check_idle, drain, sized_engine
 
 MAX_LEN = 128
@@ -141,8 +142,7 @@ class TestMemory:
         for _ in range(2):
             for cache in poisoned._runner.caches:
                 for part in cache:
-                    for tensor in [part] if isinstance(part, Tensor) else part:
-                        tensor.fill_(float("nan"))
+                    poison(*([part] if isinstance(part, Tensor) else part))
             outputs = run(poisoned, batch, greedy(20))
             assert [outputs.tokens[str(i)] for i in range(6)] == expected
 

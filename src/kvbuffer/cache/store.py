@@ -10,7 +10,7 @@ from torch import Tensor
 from kvbuffer.cache.plan import MemoryPlan
 from kvbuffer.cache.shapes import CacheShape
 from kvbuffer.ops.attention import PAGE_SIZE
-from kvbuffer.ops.buffered import RecordPages
+from kvbuffer.ops.layout import RecordPages, StatePool
 from kvbuffer.ops.rule import GATED_DELTANET
 
 
@@ -18,12 +18,12 @@ class LinearCache(NamedTuple):
     """Memory of one linear-attention layer.
 
     Attributes:
-        states: [num_slots, HV, K, V] in the plan's state dtype.
+        states: in the plan's state dtype.
         conv: [num_slots, W - 1, C] in the model dtype, the convolution's rolling inputs.
         records: pages of the KV buffers.
     """
 
-    states: Tensor
+    states: StatePool
     conv: Tensor
     records: RecordPages
 
@@ -50,7 +50,7 @@ def allocate(shape: CacheShape, plan: MemoryPlan) -> list[LinearCache | Attentio
         heads = (linear.num_value_heads, linear.key_head_dim, linear.value_head_dim)
         caches.append(
             LinearCache(
-                torch.empty(plan.num_slots, *heads, dtype=plan.state_dtype),
+                StatePool.allocate(plan.num_slots, *heads, plan.state_dtype),
                 torch.empty(plan.num_slots, linear.conv_kernel - 1, linear.conv_dim, dtype=plan.dtype),
                 RecordPages.allocate(
                     GATED_DELTANET, plan.num_record_pages, plan.record_page_size, linear.num_key_heads, *heads

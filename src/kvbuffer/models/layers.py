@@ -19,6 +19,7 @@ from kvbuffer.ops.attention import attention_inputs, paged_attention
 from kvbuffer.ops.buffered import buffered_decode
 from kvbuffer.ops.chunked import chunked_prefill
 from kvbuffer.ops.conv import causal_conv
+from kvbuffer.ops.layout import Tokens
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.moe import PackedExperts, moe_mlp, route
 from kvbuffer.ops.norm import gated_delta_inputs, gated_rms_norm
@@ -72,30 +73,22 @@ class GatedDeltaNet:
         v = qkv[:, 2 * shape.key_dim :].unflatten(1, (shape.num_value_heads, shape.value_head_dim))
         g, beta = gated_delta_inputs(qk, b, a, self.a_log, self.dt_bias)
         q, k = qk[:, : shape.num_key_heads], qk[:, shape.num_key_heads :]
-        out = self._mix(q, k, v, g, beta, inputs, cache)
+        out = self._mix(Tokens(q, k, v, g, beta), inputs, cache)
         return self.out_proj(gated_rms_norm(out, z, self.norm_weight, self.eps))
 
     @staticmethod
-    def _mix(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, inputs: ModelInputs, cache: LinearCache
-    ) -> Tensor:
+    def _mix(tokens: Tokens, inputs: ModelInputs, cache: LinearCache) -> Tensor:
         view, n = inputs.buffer, inputs.buffer.num_decodes
-        rows = slice(0, n), slice(n, None)
         parts = []
         if n:
-            q_n, k_n, v_n, g_n, beta_n = (x[rows[0]] for x in (q, k, v, g, beta))
             out = buffered_decode(
-                GATED_DELTANET, q_n, k_n, v_n, g_n, beta_n, cache.states, view.slots[:n], cache.records,
+                GATED_DELTANET, tokens.rows(slice(n)), cache.states, view.slots[:n], cache.records,
                 view.page_table[:n], view.fill[:n], view.fold[:n],
             )  # fmt: skip
             parts.append(out)
         if n < view.slots.shape[0]:
-            q_n, k_n, v_n, g_n, beta_n = (x[rows[1]] for x in (q, k, v, g, beta))
-            borders = inputs.cu_seqlens[n:] - n
-            out = chunked_prefill(
-                GATED_DELTANET, q_n, k_n, v_n, g_n, beta_n, cache.states, view.slots[n:], borders, view.fresh[n:]
-            )
-            parts.append(out)
+            rest, borders = tokens.rows(slice(n, None)), inputs.cu_seqlens[n:] - n
+            parts.append(chunked_prefill(GATED_DELTANET, rest, cache.states, view.slots[n:], borders, view.fresh[n:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

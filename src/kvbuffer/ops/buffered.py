@@ -1,91 +1,35 @@
-"""Decode on a KV buffer: a checkpoint state read once per step, recent tokens in paged records, folds once in a while.
+"""The operators on a KV buffer: decode, verify, fold, compact; and the plain recurrent decode they are compared with.
 
 From a checkpoint ``S_c`` and the records ``(k_j, u_j, g_j)`` of the tokens since, with ``A_{j->t}`` the product of the
-decays after token j up to token t (paper §3.2; DESIGN §2)::
+decays after token j up to token t (paper §3.2; one pair per token and the delta rule shown)::
 
     u_t = beta_t (v_t - (A_{c->t} S_c)^T k_t - sum_j ((k_j * A_{j->t}) . k_t) u_j)
     o_t = (A_{c->t} S_c)^T q_t + sum_j ((k_j * A_{j->t}) . q_t) u_j            (j up to and including t)
     fold: S_t = A_{c->t} S_c + sum_j (k_j * A_{j->t}) u_j^T
 
-A step appends one record per request and writes no state; a step that is told to fold first rewrites the state in the
-same pass that reads it. Records keep u and k in float32 and g per token (not prefix sums), so that folding what was
-stored is as exact as the recurrence. With a buffer of one token the compiled kernels return the recurrence's results
-bit for bit.
+A token appends one record and writes no state; a decode step that is told to fold first rewrites the state in the same
+pass that reads it. Records keep g per token, not prefix sums, and by default k and u in float32, so that folding what
+was stored is as exact as the recurrence. A request without a state (slot -1) lives on its records alone: the paper's
+"KV only", §3.4.
+
+One contract for every family and backend; :mod:`kvbuffer.ops.dispatch` chooses the backend. A request's results do not
+depend on the other requests of a call. Arguments are trusted, as in any kernel: shapes and indices are the caller's.
 """
 
 from __future__ import annotations
 
-from ctypes import CDLL, c_int64, c_void_p
-from functools import cache
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from kvbuffer.ops import dispatch
-from kvbuffer.ops.reference import log_decay
-from kvbuffer.ops.rule import GATED_DELTANET, Decay, UpdateRule
-
-
-class RecordPages(NamedTuple):
-    """The pool of record pages of one layer.
-
-    Attributes:
-        keys: [num_pages, HK, page_size, K] float32.
-        values: [num_pages, HV, page_size, V] float32: written values u.
-        decays: [num_pages, HV, page_size, D] float32 log-decays; D is K for vector decays, otherwise 1.
-    """
-
-    keys: Tensor
-    values: Tensor
-    decays: Tensor
-
-    @classmethod
-    def allocate(
-        cls,
-        rule: UpdateRule,
-        num_pages: int,
-        page_size: int,
-        key_heads: int,
-        value_heads: int,
-        k: int,
-        v: int,
-    ) -> RecordPages:
-        """Return an uninitialised pool for a family's records."""
-        width = k if rule.decay is Decay.VECTOR else 1
-        return cls(
-            torch.empty(num_pages, key_heads, page_size, k),
-            torch.empty(num_pages, value_heads, page_size, v),
-            torch.empty(num_pages, value_heads, page_size, width),
-        )
-
-
-@cache
-def _bind(lib: CDLL) -> CDLL:
-    pages: list[Any] = [*[c_void_p] * 4, c_int64]
-    inputs: list[Any] = [*[c_void_p, c_int64] * 3, c_void_p, c_void_p]
-    lib.kvb_buffered_decode.argtypes = [*inputs, *[c_void_p] * 2, *pages, *[c_void_p] * 3, *[c_int64] * 7]
-    lib.kvb_fold.argtypes = [c_void_p, c_void_p, *pages, c_void_p, *[c_int64] * 7]
-    lib.kvb_recurrent_decode.argtypes = [*inputs, *[c_void_p] * 3, *[c_int64] * 6]
-    return lib
-
-
-def _kernels(rule: UpdateRule, value_dim: int) -> CDLL | None:
-    """Return the compiled kernels when they cover this family and shape."""
-    lib = dispatch.cpu_kernels()
-    if lib is None or rule != GATED_DELTANET or value_dim % lib.kvb_vector_width():
-        return None
-    return _bind(lib)
+from kvbuffer.ops.dispatch import backend_for
+from kvbuffer.ops.layout import RecordPages, StatePool, Tokens
+from kvbuffer.ops.rule import UpdateRule
 
 
 def buffered_decode(
     rule: UpdateRule,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    states: Tensor,
+    tokens: Tokens,
+    states: StatePool,
     slots: Tensor,
     records: RecordPages,
     page_table: Tensor,
@@ -96,181 +40,119 @@ def buffered_decode(
 
     Args:
         rule: the family.
-        q: [B, HK, K] float32 with the softmax scale folded in; rows of q, k and v may be strided.
-        k: [B, HK, K] float32.
-        v: [B, HV, V] float32.
-        g: log-decays, [B, HV], [B, HV, K] or None, as the rule says.
-        beta: [B, HV] or None, as the rule says.
-        states: [num_slots, HV, K, V] float32 or bfloat16.
-        slots: [B] int32, all different.
+        tokens: inputs of B tokens, one per request.
+        states: the layer's states; written only where ``fold`` says so.
+        slots: [B] int32, each request's state, all different; -1 for a request that has none (KV only).
         records: the layer's pages; each request's next record is written.
         page_table: [B, P] int32, the pages of each request's buffer.
         fill: [B] int32, records in the buffer before this step.
         fold: [B] uint8, 1 to fold those records into the state first: the new record then becomes the first one.
+            0 for a request without a state.
 
     Returns:
         [B, HV, V] float32.
     """
-    lib = _kernels(rule, v.shape[-1])
-    if lib is None:
-        return _decode_portable(rule, q, k, v, g, beta, states, slots, records, page_table, fill, fold)
-    out = torch.empty(v.shape)
-    lib.kvb_buffered_decode(
-        *_input_arguments(q, k, v, g, beta), states.data_ptr(), slots.data_ptr(),
-        *_page_arguments(records, page_table), fill.data_ptr(), fold.data_ptr(), out.data_ptr(),
-        v.shape[0], k.shape[1], v.shape[1], k.shape[2], v.shape[2], records.keys.shape[2],
-        dispatch.DTYPE_CODES[states.dtype],
-    )  # fmt: skip
-    return out
+    backend = backend_for(rule, tokens, states, records)
+    return backend.buffered_decode(rule, tokens, states, slots, records, page_table, fill, fold)
 
 
-def fold_records(
-    rule: UpdateRule, states: Tensor, slots: Tensor, records: RecordPages, page_table: Tensor, fill: Tensor
-) -> None:
-    """Fold each request's records into its state; the buffer is empty afterwards (its fill is the caller's to reset).
-
-    Args:
-        rule: the family.
-        states: [num_slots, HV, K, V] float32 or bfloat16; the rows of ``slots`` are rewritten.
-        slots: [B] int32, all different.
-        records: the layer's pages.
-        page_table: [B, P] int32.
-        fill: [B] int32 records in the buffer; 0 leaves the state as it is.
-    """
-    lib = _kernels(rule, states.shape[-1])
-    if lib is None:
-        for b, slot in enumerate(slots.tolist()):
-            states[slot] = _fold_one(states[slot], _gather(records, page_table[b], int(fill[b])))
-        return
-    lib.kvb_fold(
-        states.data_ptr(), slots.data_ptr(), *_page_arguments(records, page_table), fill.data_ptr(),
-        slots.shape[0], records.keys.shape[1], *states.shape[1:], records.keys.shape[2],
-        dispatch.DTYPE_CODES[states.dtype],
-    )  # fmt: skip
-
-
-def recurrent_decode(
+def buffered_verify(
     rule: UpdateRule,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    states: Tensor,
-    slots: Tensor,
-) -> Tensor:
-    """Decode one token per request by reading and rewriting its state: what other systems do, the baseline.
-
-    Arguments and result are those of :func:`buffered_decode`, without a buffer.
-    """
-    lib = _kernels(rule, v.shape[-1])
-    if lib is None:
-        return _recurrent_portable(rule, q, k, v, g, beta, states, slots)
-    out = torch.empty(v.shape)
-    lib.kvb_recurrent_decode(
-        *_input_arguments(q, k, v, g, beta), states.data_ptr(), slots.data_ptr(),
-        out.data_ptr(),
-        v.shape[0], k.shape[1], v.shape[1], k.shape[2], v.shape[2], dispatch.DTYPE_CODES[states.dtype],
-    )  # fmt: skip
-    return out
-
-
-def _input_arguments(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> tuple[int, ...]:
-    assert g is not None  # the compiled kernels serve Gated DeltaNet
-    assert beta is not None
-    rows = (part for x in (q, k, v) for part in (x.data_ptr(), x.stride(0)))
-    return *rows, g.data_ptr(), beta.data_ptr()
-
-
-def _page_arguments(records: RecordPages, page_table: Tensor) -> tuple[int, ...]:
-    keys, values, decays = records
-    return keys.data_ptr(), values.data_ptr(), decays.data_ptr(), page_table.data_ptr(), page_table.stride(0)
-
-
-def _gather(records: RecordPages, pages: Tensor, fill: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one request's records in order: keys [n, HV, K], values [n, HV, V], log-decays [n, HV, D]."""
-    index = torch.arange(fill)
-    page_size = records.keys.shape[2]
-    rows, offsets = pages[index // page_size].long(), index % page_size
-    keys, values, decays = (pool[rows, :, offsets] for pool in records)
-    return keys.repeat_interleave(values.shape[1] // keys.shape[1], 1), values, decays
-
-
-def _decays_to_end(decays: Tensor) -> tuple[Tensor, Tensor]:
-    """Return exp of the sum of log-decays after each record [n, HV, D], and of all of them [HV, D]."""
-    from_each = decays.flip(0).cumsum(0).flip(0)
-    after_each = torch.cat([from_each[1:], torch.zeros_like(decays[:1])])
-    return after_each[: len(decays)].exp(), decays.sum(0).exp()
-
-
-def _fold_one(state: Tensor, gathered: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    keys, values, decays = gathered
-    weights, total = _decays_to_end(decays)
-    return total.unsqueeze(-1) * state.float() + torch.einsum("nhk,nhv->hkv", keys * weights, values)
-
-
-def _decode_portable(
-    rule: UpdateRule,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    states: Tensor,
+    tokens: Tokens,
+    states: StatePool,
     slots: Tensor,
     records: RecordPages,
     page_table: Tensor,
     fill: Tensor,
-    fold: Tensor,
+    cu_seqlens: Tensor,
+    parents: Tensor | None = None,
 ) -> Tensor:
-    out = torch.empty_like(v)
-    decay = log_decay(rule, g, v)
-    rep = v.shape[1] // k.shape[1]
-    page_size = records.keys.shape[2]
-    for b, slot in enumerate(slots.tolist()):
-        n = int(fill[b])
-        if fold[b]:
-            states[slot] = _fold_one(states[slot], _gather(records, page_table[b], n))
-            n = 0
-        keys, values, decays = _gather(records, page_table[b], n)
-        weights, total = _decays_to_end(torch.cat([decays, decay[b : b + 1]]))
-        state = total.unsqueeze(-1) * states[slot].float()
-        keys = keys * weights[:n]
-        q_t, k_t = q[b].repeat_interleave(rep, 0), k[b].repeat_interleave(rep, 0)
+    """Run any number of new tokens per request against state and buffer, reading each state once and writing none.
 
-        def read(x: Tensor, state: Tensor = state, keys: Tensor = keys, values: Tensor = values) -> Tensor:
-            from_records = torch.einsum("nhk,hk,nhv->hv", keys, x, values)
-            return torch.einsum("hkv,hk->hv", state, x) + from_records
+    The tokens' records are appended; accepting a prefix of a chain is then the caller's moving its fill, accepting a
+    path of a tree :func:`compact_records`. With slot -1 this is also the prefill of a KV-only request.
 
-        u = v[b]
-        if rule.delta:
-            assert beta is not None
-            u = beta[b].unsqueeze(-1) * (u - read(k_t))
-        out[b] = read(q_t) + (k_t * q_t).sum(-1, keepdim=True) * u
-        row, offset = page_table[b, n // page_size], n % page_size
-        records.keys[row, :, offset] = k[b]
-        records.values[row, :, offset] = u
-        records.decays[row, :, offset] = decay[b]
-    return out
+    Args:
+        rule: the family.
+        tokens: inputs of N tokens, request after request.
+        states: the layer's states, only read.
+        slots: [B] int32; -1 for a request that has none.
+        records: the layer's pages; records ``fill`` to ``fill + m - 1`` of each request are written.
+        page_table: [B, P] int32, the pages of each request's buffer.
+        fill: [B] int32, records in the buffer before the call.
+        cu_seqlens: [B + 1] int32 borders of the requests among the tokens; a request may have none.
+        parents: [N] int32, the token that each one follows, counted among its request's own new tokens and less than
+            its own place; -1 follows the buffer. None is a chain.
+
+    Returns:
+        [N, HV, V] float32: what each token would see if the tokens on its path had been decoded one by one.
+    """
+    backend = backend_for(rule, tokens, states, records)
+    return backend.buffered_verify(rule, tokens, states, slots, records, page_table, fill, cu_seqlens, parents)
 
 
-def _recurrent_portable(
+def fold_records(
     rule: UpdateRule,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    states: Tensor,
+    states: StatePool,
     slots: Tensor,
-) -> Tensor:
-    rep = v.shape[1] // k.shape[1]
-    q, k = q.repeat_interleave(rep, 1), k.repeat_interleave(rep, 1)
-    rows = slots.long()
-    state = log_decay(rule, g, v).exp().unsqueeze(-1) * states[rows].float()
-    u = v
-    if rule.delta:
-        assert beta is not None
-        u = beta.unsqueeze(-1) * (v - torch.einsum("bhkv,bhk->bhv", state, k))
-    states[rows] = (state + k.unsqueeze(-1) * u.unsqueeze(-2)).to(states.dtype)
-    return torch.einsum("bhkv,bhk->bhv", state, q) + (k * q).sum(-1, keepdim=True) * u
+    records: RecordPages,
+    page_table: Tensor,
+    count: Tensor,
+    target_slots: Tensor | None = None,
+) -> None:
+    """Fold the first records of each request into a state: its own, or another slot's.
+
+    With ``target_slots`` the states of ``slots`` stay as they are: a fork that writes, the state at any buffered token
+    for a prefix cache, or the first state of a KV-only request.
+
+    Args:
+        rule: the family.
+        states: the layer's states; the rows of the targets are written.
+        slots: [B] int32, the states to start from; -1 starts from zero. All different, unless there are targets.
+        records: the layer's pages, only read.
+        page_table: [B, P] int32, the pages of each request's buffer.
+        count: [B] int32, how many records to fold; 0 copies the state, or leaves it as it is.
+        target_slots: [B] int32, where the results go, all different and none of them another request's source; None
+            for ``slots``.
+    """
+    target_slots = slots if target_slots is None else target_slots
+    backend = backend_for(rule, None, states, records)
+    backend.fold_records(rule, states, slots, records, page_table, count, target_slots)
+
+
+def compact_records(
+    records: RecordPages, page_table: Tensor, fill: Tensor, accepted: Tensor, cu_accepted: Tensor
+) -> None:
+    """Keep the accepted path of a verified tree: move its records to the end of what was there before.
+
+    Args:
+        records: the layer's pages.
+        page_table: [B, P] int32, the pages of each request's buffer.
+        fill: [B] int32, records in the buffer before the tree; afterwards the caller adds the accepted ones.
+        accepted: [A] int32, the accepted tokens, counted among their request's own, ascending.
+        cu_accepted: [B + 1] int32 borders of the requests in ``accepted``.
+    """
+    lengths = cu_accepted.diff().long()
+    request = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    start = fill[request].long()
+    source = start + accepted.long()
+    target = start + torch.arange(len(accepted), device=lengths.device) - cu_accepted[request].long()
+    size = records.page_size
+    from_page, to_page = (page_table[request, place // size].long() for place in (source, target))
+    for pool in records:
+        pool[to_page, :, target % size] = pool[from_page, :, source % size]
+
+
+def recurrent_decode(rule: UpdateRule, tokens: Tokens, states: StatePool, slots: Tensor) -> Tensor:
+    """Decode one token per request by reading and rewriting its state: what other systems do, the baseline.
+
+    Args:
+        rule: the family.
+        tokens: inputs of B tokens, one per request.
+        states: the layer's states; the rows of ``slots`` are rewritten.
+        slots: [B] int32, all different.
+
+    Returns:
+        [B, HV, V] float32.
+    """
+    return backend_for(rule, tokens, states).recurrent_decode(rule, tokens, states, slots)

@@ -1,7 +1,6 @@
 """The recurrence, one token at a time: the definition that every other form is tested against.
 
-Dims: T tokens, HK key heads, HV value heads (a multiple of HK: value head h reads key head ``h // (HV // HK)``),
-K key dim, V value dim. Runs in whatever dtype it is given, float64 included.
+Runs in whatever dtype it is given, float64 included.
 """
 
 from __future__ import annotations
@@ -9,56 +8,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvbuffer.ops.rule import Decay, UpdateRule
+from kvbuffer.ops.layout import Tokens
+from kvbuffer.ops.rule import Correction, Decay, UpdateRule
 
 
-def log_decay(rule: UpdateRule, g: Tensor | None, like: Tensor) -> Tensor:
-    """Return the log-decay as [..., HV, 1] (none, scalar) or [..., HV, K] (vector), to broadcast over a state's rows.
-
-    Args:
-        rule: the family.
-        g: what the family's layer computes, or None when it has no decay.
-        like: values [..., HV, V], for the shape of a missing ``g``.
-    """
-    if rule.decay is Decay.NONE or g is None:
-        return torch.zeros_like(like[..., :1])
-    return g.unsqueeze(-1) if rule.decay is Decay.SCALAR else g
+def log_decay(rule: UpdateRule, tokens: Tokens) -> Tensor:
+    """Return the log-decay as [N, HV, 1] (none, scalar) or [N, HV, K] (vector), to broadcast over a state's rows."""
+    if rule.decay is Decay.NONE or tokens.g is None:
+        return torch.zeros_like(tokens.v[..., :1])
+    return tokens.g.unsqueeze(-1) if rule.decay is Decay.SCALAR else tokens.g
 
 
-def recurrence(
-    rule: UpdateRule,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Run one sequence through the recurrence of DESIGN §2.
+def recurrence(rule: UpdateRule, tokens: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Run one sequence through the recurrence of :mod:`kvbuffer.ops.rule`.
 
     Args:
         rule: the family.
-        q: [T, HK, K] queries with the softmax scale folded in.
-        k: [T, HK, K] keys.
-        v: [T, HV, V] values.
-        g: log-decays, [T, HV], [T, HV, K] or None, as the rule says.
-        beta: [T, HV] writing strengths, None without the delta rule.
+        tokens: inputs of T tokens, in any one dtype.
         state: [HV, K, V] state before the first token.
 
     Returns:
         Outputs [T, HV, V] and the state [HV, K, V] after the last token.
     """
-    rep = v.shape[1] // k.shape[1]
-    decay = log_decay(rule, g, v).exp()
+    v = tokens.v
+    rep = v.shape[1] // tokens.k.shape[1]
+    decay = log_decay(rule, tokens).exp()
+
+    def per_value_head(x: Tensor | None, t: int) -> Tensor:
+        assert x is not None
+        return x[t].repeat_interleave(rep, 0)
+
+    def read(state: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("hkv,hk->hv", state, x)
+
     outputs = torch.empty_like(v)
     for t in range(v.shape[0]):
-        q_t = q[t].repeat_interleave(rep, 0)
-        k_t = k[t].repeat_interleave(rep, 0)
-        state = decay[t].unsqueeze(-1) * state
-        u_t = v[t]
-        if rule.delta:
-            assert beta is not None
-            u_t = beta[t].unsqueeze(-1) * (u_t - torch.einsum("hkv,hk->hv", state, k_t))
-        state = state + k_t.unsqueeze(-1) * u_t.unsqueeze(-2)
-        outputs[t] = torch.einsum("hkv,hk->hv", state, q_t)
+        k_t, u_t = per_value_head(tokens.k, t), v[t]
+        decayed = decay[t].unsqueeze(-1) * state
+        if rule.correction is Correction.DELTA:
+            assert tokens.beta is not None
+            u_t = tokens.beta[t].unsqueeze(-1) * (u_t - read(decayed, k_t))
+        elif rule.correction is Correction.REMOVAL:
+            removed = read(state, per_value_head(tokens.removal_read, t))
+            decayed = decayed - per_value_head(tokens.removal_write, t).unsqueeze(-1) * removed.unsqueeze(-2)
+        state = decayed + k_t.unsqueeze(-1) * u_t.unsqueeze(-2)
+        outputs[t] = read(state, per_value_head(tokens.q, t))
     return outputs, state
