@@ -49,8 +49,8 @@ def reference(
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token, slot in torch.cartesian_prod(torch.arange(ids.shape[0]), torch.arange(ids.shape[1])).tolist():
         expert = int(ids[token, slot])
-        gate, up = (gate_up[expert].double() @ x[token].double()).to(x.dtype).double().chunk(2)
-        hidden = (F.silu(gate).to(x.dtype).double() * up).to(x.dtype).double()
+        gate, up = (gate_up[expert].double() @ x[token].double()).chunk(2)
+        hidden = F.silu(gate) * up
         out[token] += weights[token, slot].double() * (down[expert].double() @ hidden)
     return out
 
@@ -72,11 +72,11 @@ def test_matches_a_plain_loop(
     experts = PackedExperts(*weights)
     assert (experts.num_experts, experts.hidden_size, experts.intermediate_size) == (e, h, i)
     for m in [1, 2, 13, 40]:
-        x = random(m, h, dtype=dtype)
+        x = random(m, h)
         ids, expert_weights = random_routing(m, e, top_k, skew)
         y = moe_mlp(x, ids, expert_weights, experts)
         assert y.shape == (m, h)
-        assert y.dtype == dtype
+        assert y.dtype == torch.float32
         bound = BOUND[dtype] * (4 if m * h < 100 else 1)
         assert rms_ratio(y, reference(x, ids, expert_weights, *weights)) < bound
 
@@ -110,7 +110,7 @@ def test_unknown_experts_add_nothing(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_do_not_depend_on_the_batch_nor_on_threads(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     experts = PackedExperts(*random_experts(8, 96, 40, dtype))
-    x = random(300, 96, dtype=dtype)
+    x = random(300, 96)
     ids, weights = random_routing(300, 8, 3, skew=0.5)
     alone = torch.cat([moe_mlp(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], experts) for t in range(300)])
     for count in [1, 2, 3]:
@@ -120,21 +120,19 @@ def test_tokens_do_not_depend_on_the_batch_nor_on_threads(dtype: torch.dtype, th
             assert torch.equal(moe_mlp(x[-m:], ids[-m:], weights[-m:], experts), alone[-m:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("e", "top_k"), [(1, 1), (4, 4), (7, 2), (64, 8), (513, 10)])
-def test_route_picks_the_most_probable(backend: str, dtype: torch.dtype, normalize: bool, e: int, top_k: int) -> None:
-    logits = (3 * random(50, e)).to(dtype)
+def test_route_picks_the_most_probable(backend: str, normalize: bool, e: int, top_k: int) -> None:
+    # Rounded, so that logits are often equal, and then the lower index comes first.
+    logits = (3 * random(50, e)).bfloat16().float()
     ids, weights = route(logits, top_k, normalize)
     assert (ids.dtype, weights.dtype) == (torch.int32, torch.float32)
-    # bfloat16 logits are often equal, and then the lower index comes first.
     order = torch.sort(logits.double(), dim=-1, descending=True, stable=True).indices[:, :top_k]
     assert torch.equal(ids.long(), order)
     expected = torch.softmax(logits.double(), dim=-1).gather(1, order)
     if normalize:
         expected = expected / expected.sum(dim=-1, keepdim=True)
-    assert torch.equal(weights, weights.to(dtype).float())
-    torch.testing.assert_close(weights.double(), expected, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=0)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_route_breaks_ties_by_index(backend: str) -> None:

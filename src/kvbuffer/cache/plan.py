@@ -33,7 +33,7 @@ class MemoryPlan:
         max_num_seqs: the user's cap on running requests.
         buffer_len: records a KV buffer holds before it is folded.
         record_page_size: records in a record page.
-        dtype: dtype of the model's activations.
+        dtype: dtype of the model: of its weights, and of the attention pages' keys and values.
         state_dtype: dtype of the states.
         num_slots: running requests that have memory.
         num_attention_pages: attention pages.
@@ -127,14 +127,14 @@ def plan_memory(
         CapacityError: the budget cannot hold one request of the length asked for.
         ConfigError: the length asked for is more than the model was made for.
     """
-    linear, activation = shape.linear, dtype.itemsize
+    linear, full = shape.linear, torch.float32.itemsize
     state = linear.num_value_heads * linear.key_head_dim * linear.value_head_dim * state_dtype.itemsize
-    rolling = (linear.conv_kernel - 1) * linear.conv_dim * activation
+    rolling = (linear.conv_kernel - 1) * linear.conv_dim * full
     slot_bytes = shape.num_linear_layers * (state + rolling)
-    record = (linear.key_dim + linear.value_dim + linear.num_value_heads) * torch.float32.itemsize
+    record = (linear.key_dim + linear.value_dim + linear.num_value_heads) * full
     record_page_size = min(16, buffer_len)
     record_page_bytes = shape.num_linear_layers * record_page_size * record
-    page_bytes = shape.num_attention_layers * 2 * shape.num_kv_heads * PAGE_SIZE * shape.head_dim * activation
+    page_bytes = shape.num_attention_layers * 2 * shape.num_kv_heads * PAGE_SIZE * shape.head_dim * dtype.itemsize
     per_request = slot_bytes + math.ceil(buffer_len / record_page_size) * record_page_bytes
 
     if max_model_len is not None and max_model_len > shape.max_position_embeddings:

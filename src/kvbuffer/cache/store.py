@@ -19,7 +19,7 @@ class LinearCache(NamedTuple):
 
     Attributes:
         states: in the plan's state dtype.
-        conv: [num_slots, W - 1, C] in the model dtype, the convolution's rolling inputs.
+        conv: [num_slots, W - 1, C] float32, the convolution's rolling inputs.
         records: pages of the KV buffers.
     """
 
@@ -51,7 +51,7 @@ def allocate(shape: CacheShape, plan: MemoryPlan) -> list[LinearCache | Attentio
         caches.append(
             LinearCache(
                 StatePool.allocate(plan.num_slots, *heads, plan.state_dtype),
-                torch.empty(plan.num_slots, linear.conv_kernel - 1, linear.conv_dim, dtype=plan.dtype),
+                torch.empty(plan.num_slots, linear.conv_kernel - 1, linear.conv_dim),
                 RecordPages.allocate(
                     GATED_DELTANET, plan.num_record_pages, plan.record_page_size, linear.num_key_heads, *heads
                 ),

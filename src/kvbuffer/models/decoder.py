@@ -44,7 +44,7 @@ class Decoder:
     Args:
         folder: checkpoint folder.
         config: its configuration.
-        dtype: float32 or bfloat16.
+        dtype: of the weights, float32 or bfloat16. Activations are float32 either way.
         max_model_len: positions for which rotary tables are made.
         show_progress: draw a progress bar while loading.
 
@@ -71,7 +71,7 @@ class Decoder:
             self.norm = zero_centred(reader, f"{prefix}norm.weight", config.hidden_size)
             tied = config.tie_word_embeddings and "lm_head.weight" not in reader
             head = self.embedding if tied else reader.take("lm_head.weight", *self.embedding.shape)
-            self.lm_head = Linear(head, out_dtype=torch.float32)
+            self.lm_head = Linear(head)
             reader.finish()
         finally:
             reader.close()
@@ -107,10 +107,10 @@ class Decoder:
             caches: one per layer, as :func:`kvbuffer.cache.store.allocate` makes them; written.
 
         Returns:
-            Logits of the rows asked for, [R, vocab_size] float32: in bfloat16, rounding would decide close calls.
+            Logits of the rows asked for, [R, vocab_size] float32.
         """
         eps = self.config.rms_norm_eps
-        residual = F.embedding(inputs.token_ids, self.embedding)
+        residual = F.embedding(inputs.token_ids, self.embedding).float()
         x: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
             normed = add_rms_norm(x, residual, layer.input_norm, eps)

@@ -154,7 +154,7 @@ class SparseMoe:
     def __init__(self, reader: WeightReader, prefix: str, config: ModelConfig, moe: MoeConfig) -> None:
         self.moe, hidden = moe, config.hidden_size
         router = reader.take(f"{prefix}gate.weight", moe.num_experts, hidden)
-        self.router = Linear(router, out_dtype=torch.float32)  # unrounded: experts are chosen by these
+        self.router = Linear(router)
         self.experts = PackedExperts(*_expert_weights(reader, f"{prefix}experts.", hidden, moe))
         self.shared = DenseMlp(reader, f"{prefix}shared_expert.", hidden, moe.shared_intermediate_size)
         self.shared_gate = Linear(reader.take(f"{prefix}shared_expert_gate.weight", 1, hidden))

@@ -13,37 +13,26 @@ from kvbuffer.ops import dispatch
 
 @cache
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    lib.kvb_swiglu.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int,
-    ]
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    lib.kvb_swiglu.argtypes = [pointer, size, pointer, size, size]
     lib.kvb_swiglu.restype = None
     return lib
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up, computed in float32 and rounded once.
+    """Return silu(gate) * up.
 
     Args:
-        gate_up: [M, 2 I], float32 or bfloat16, gate in the first I columns; elements of a row are adjacent.
+        gate_up: [M, 2 I] float32, gate in the first I columns; elements of a row are adjacent.
 
     Returns:
-        [M, I], contiguous, same dtype.
+        [M, I] float32, contiguous.
     """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     lib = dispatch.cpu_kernels()
-    dtype = dispatch.DTYPE_CODES.get(gate_up.dtype)
-    if lib is None or dtype is None:
-        return _swiglu_portable(gate_up)
-    out = torch.empty((rows, width), dtype=gate_up.dtype)
-    _declare(lib).kvb_swiglu(gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), rows, width, dtype)
+    if lib is None:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    out = torch.empty((rows, width))
+    _declare(lib).kvb_swiglu(gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), rows, width)
     return out
-
-
-def _swiglu_portable(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)

@@ -54,12 +54,12 @@ def attention_inputs(
 ) -> Tensor:
     """Normalise and rotate the new tokens' queries and keys, and write keys and values into their pages.
 
-    Each query and key head goes through a zero-centred RMS norm (``(1 + weight) * x / rms(x)``, float32 inside,
-    rounded to the model dtype) and a rotary embedding of its first ``2 * cos.shape[1]`` dimensions (float32,
-    rounded once). The softmax scale is left to :func:`paged_attention`.
+    Each query and key head goes through a zero-centred RMS norm (``(1 + weight) * x / rms(x)``) and a rotary
+    embedding of its first ``2 * cos.shape[1]`` dimensions, in float32; keys and values are rounded once, to the pages'
+    dtype. The softmax scale is left to :func:`paged_attention`.
 
     Args:
-        qkv: [N, at least 2 (H + HKV) D] model dtype, any row stride; each row holds q (H*D), gate (H*D),
+        qkv: [N, at least 2 (H + HKV) D] float32, any row stride; each row holds q (H*D), gate (H*D),
             k (HKV*D) and v (HKV*D). The gate is not read here.
         q_norm_weight: [D], float32 (another dtype is converted at every call).
         k_norm_weight: [D], as ``q_norm_weight``.
@@ -77,10 +77,10 @@ def attention_inputs(
         eps: added to the mean square.
 
     Returns:
-        Queries, [N, H, D] in the model dtype.
+        Queries, [N, H, D] float32.
     """
     lib = dispatch.cpu_kernels()
-    if lib is None or not _supported(qkv.dtype, head_dim):
+    if lib is None or not _supported(pages.dtype, head_dim):
         return _attention_inputs_portable(
             qkv, q_norm_weight, k_norm_weight, cos, sin, positions, pages, page_table, cu_seqlens,
             context_lens, num_heads, num_kv_heads, head_dim, eps,
@@ -93,7 +93,7 @@ def attention_inputs(
         cos.data_ptr(), sin.data_ptr(), cos.shape[1], positions.data_ptr(), q.data_ptr(), pages.data_ptr(),
         page_table.data_ptr(), page_table.stride(0), cu_seqlens.data_ptr(), context_lens.data_ptr(),
         qkv.shape[0], context_lens.shape[0], num_heads, num_kv_heads, head_dim, eps,
-        dispatch.DTYPE_CODES[qkv.dtype],
+        dispatch.DTYPE_CODES[pages.dtype],
     )  # fmt: skip
     return q
 
@@ -113,21 +113,20 @@ def paged_attention(
     threads.
 
     Args:
-        q: [N, H, D] model dtype, contiguous, from :func:`attention_inputs`.
+        q: [N, H, D] float32, contiguous, from :func:`attention_inputs`.
         pages: [num_pages, 2, HKV, PAGE_SIZE, D] model dtype, the new tokens' keys and values already written.
             Slots past a request's tokens may hold anything.
         page_table: [B, max_pages] int32.
         cu_seqlens: [B + 1] int32; a request may have no new tokens.
         context_lens: [B] int32, tokens of each request before its new ones.
-        gate: [N, H*D] model dtype, any row stride: the output is multiplied by its sigmoid, in float32 and
-            rounded once.
+        gate: [N, H*D] float32, any row stride: the output is multiplied by its sigmoid.
 
     Returns:
-        [N, H*D] in the model dtype.
+        [N, H*D] float32.
     """
     num_tokens, num_heads, head_dim = q.shape
     lib = dispatch.cpu_kernels()
-    if lib is None or not _supported(q.dtype, head_dim):
+    if lib is None or not _supported(pages.dtype, head_dim):
         return _paged_attention_portable(q, pages, page_table, cu_seqlens, context_lens, gate)
     out = q.new_empty(num_tokens, num_heads * head_dim)
     _declare(lib)
@@ -135,7 +134,7 @@ def paged_attention(
         q.data_ptr(), pages.data_ptr(), page_table.data_ptr(), page_table.stride(0), cu_seqlens.data_ptr(),
         context_lens.data_ptr(), None if gate is None else gate.data_ptr(),
         0 if gate is None else gate.stride(0), out.data_ptr(),
-        context_lens.shape[0], num_heads, pages.shape[2], head_dim, dispatch.DTYPE_CODES[q.dtype],
+        context_lens.shape[0], num_heads, pages.shape[2], head_dim, dispatch.DTYPE_CODES[pages.dtype],
     )  # fmt: skip
     return out
 
@@ -186,17 +185,16 @@ def _attention_inputs_portable(
     request = torch.arange(len(new_lens)).repeat_interleave(new_lens)
     slots = torch.arange(num_tokens) + (context_lens - cu_seqlens[:-1])[request]
     page = page_table[request, slots // PAGE_SIZE].long()
-    key_pages(pages)[page, :, slots % PAGE_SIZE] = k
-    pages[:, 1][page, :, slots % PAGE_SIZE] = v.view(num_tokens, num_kv_heads, head_dim)
+    key_pages(pages)[page, :, slots % PAGE_SIZE] = k.to(pages.dtype)
+    pages[:, 1][page, :, slots % PAGE_SIZE] = v.view(num_tokens, num_kv_heads, head_dim).to(pages.dtype)
     return q
 
 
 def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (1 + weight.float())
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + weight.float())
     half = cos.shape[-1]
-    a, b, rest = wide.to(x.dtype).float().tensor_split([half, 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
+    a, b, rest = normed.tensor_split([half, 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 def _paged_attention_portable(
@@ -221,9 +219,9 @@ def _paged_attention_portable(
             part[table].transpose(0, 1).flatten(1, 2)[:, :length].float().repeat_interleave(group, dim=0)
             for part in (keys, values)
         )
-        scores = q[begin:end].transpose(0, 1).float() @ k.mT * head_dim**-0.5
+        scores = q[begin:end].transpose(0, 1) @ k.mT * head_dim**-0.5
         future = torch.arange(length) > context + torch.arange(end - begin)[:, None]
         weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
         mixed = (weights @ v).transpose(0, 1).flatten(1)
-        out[begin:end] = mixed if gate is None else mixed * torch.sigmoid(gate[begin:end].float())
+        out[begin:end] = mixed if gate is None else mixed * torch.sigmoid(gate[begin:end])
     return out

@@ -18,18 +18,18 @@ from kvbuffer.ops import dispatch
 @cache
 def _bind(lib: CDLL) -> CDLL:
     lib.kvb_causal_conv.argtypes = [
-        c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, *[c_int64] * 4,
+        c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, *[c_int64] * 3,
     ]  # fmt: skip
     return lib
 
 
 def causal_conv(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, cu_seqlens: Tensor, fresh: Tensor) -> Tensor:
-    """Return ``silu(conv(x))`` in float32 and roll the inputs in ``state`` forward.
+    """Return ``silu(conv(x))`` and roll the inputs in ``state`` forward.
 
     Args:
-        x: [N, >= C], float32 or bfloat16: the first C columns are the inputs (rows may be strided).
+        x: [N, >= C] float32: the first C columns are the inputs (rows may be strided).
         weight: [W, C] float32, the oldest tap first.
-        state: [num_slots, W - 1, C] in x's dtype; the rows of ``slots`` are read and written.
+        state: [num_slots, W - 1, C] float32; the rows of ``slots`` are read and written.
         slots: [B] int32, all different.
         cu_seqlens: [B + 1] int32, borders of the requests in ``x``; a request may be empty.
         fresh: [B] uint8, 1 where nothing came before: zeros are used instead of ``state``.
@@ -41,10 +41,10 @@ def causal_conv(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, cu_seql
     lib = dispatch.cpu_kernels()
     if lib is None:
         return _causal_conv_portable(x[:, :channels], weight, state, slots, cu_seqlens, fresh)
-    out = torch.empty(tokens, channels, dtype=torch.float32)
+    out = torch.empty(tokens, channels)
     _bind(lib).kvb_causal_conv(
         x.data_ptr(), x.stride(0), weight.data_ptr(), state.data_ptr(), slots.data_ptr(), cu_seqlens.data_ptr(),
-        fresh.data_ptr(), out.data_ptr(), requests, channels, taps, dispatch.DTYPE_CODES[x.dtype],
+        fresh.data_ptr(), out.data_ptr(), requests, channels, taps,
     )  # fmt: skip
     return out
 
@@ -53,7 +53,7 @@ def _causal_conv_portable(
     x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, cu_seqlens: Tensor, fresh: Tensor
 ) -> Tensor:
     channels = weight.shape[1]
-    out = torch.empty(x.shape[0], channels, dtype=torch.float32)
+    out = torch.empty(x.shape[0], channels)
     borders = cu_seqlens.tolist()
     for b, slot in enumerate(slots.tolist()):
         begin, end = borders[b], borders[b + 1]
@@ -62,7 +62,7 @@ def _causal_conv_portable(
         past = torch.zeros_like(state[slot]) if fresh[b] else state[slot]
         inputs = torch.cat([past, x[begin:end]])
         taps_first = weight.T.unsqueeze(1)  # [C, 1, W]
-        conv = F.conv1d(inputs.float().T.unsqueeze(0), taps_first, groups=channels)
+        conv = F.conv1d(inputs.T.unsqueeze(0), taps_first, groups=channels)
         out[begin:end] = F.silu(conv[0].T)
         state[slot] = inputs[end - begin :]
     return out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from enum import IntEnum
 from functools import cache
 
 import torch
@@ -10,92 +12,110 @@ import torch.nn.functional as F
 
 from kvbuffer.ops import dispatch
 
-_P, _I, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_P, _I, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
 @cache
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     """Give the C functions of this file their signatures."""
-    lib.kvb_linear_packed_elements.argtypes = [_I, _I]
+    lib.kvb_linear_packed_elements.argtypes = [_I, _I, _INT]
     lib.kvb_linear_packed_elements.restype = _I
-    lib.kvb_linear_pack.argtypes = [_P, _I, _I, _INT, _P]
+    lib.kvb_linear_pack.argtypes = [_P, _I, _I, _INT, _FLOAT, _P]
     lib.kvb_linear_pack.restype = None
-    lib.kvb_linear.argtypes = [_P, _I, _P, _P, _P, _I, _I, _I, _I, _INT, _INT]
+    lib.kvb_linear.argtypes = [_P, _I, _P, _FLOAT, _P, _P, _I, _I, _I, _I, _INT]
     lib.kvb_linear.restype = None
     lib.kvb_bfloat16_compute.argtypes = []
     lib.kvb_bfloat16_compute.restype = _INT
     return lib
 
 
-def compute_code(lib: ctypes.CDLL, dtype: torch.dtype) -> int:
-    """Return the C interface's code for how products in ``dtype`` are computed on this CPU.
+class Compute(IntEnum):
+    """How the compiled kernels compute products, by the C interface's codes; gemm.h has the details.
 
-    0: float32; 1: bfloat16 widened to float32; 2: bfloat16 pairs with the CPU's dot-product instruction.
+    FLOAT32: float32 weights. The others are for bfloat16 weights. WIDENED: in float32, exact products. PAIR_DOT: inputs
+    rounded to bfloat16, for the CPU's dot-product instruction. HALF: products and short sums in float16 under
+    power-of-two scales, inputs rounded to its 11 bits.
     """
-    return 0 if dtype == torch.float32 else int(_declare(lib).kvb_bfloat16_compute())
+
+    FLOAT32 = 0
+    WIDENED = 1
+    PAIR_DOT = 2
+    HALF = 3
+
+
+def choose_compute(lib: ctypes.CDLL, dtype: torch.dtype) -> Compute:
+    """Return the fastest way to compute with weights in ``dtype`` on this CPU."""
+    return Compute.FLOAT32 if dtype == torch.float32 else Compute(_declare(lib).kvb_bfloat16_compute())
+
+
+def weight_scale(weight: torch.Tensor, compute: Compute) -> float:
+    """Return the power of two by which packing divides a weight: for HALF, what brings it below 1."""
+    if compute is not Compute.HALF or weight.numel() == 0:
+        return 1.0
+    # By rows: a float32 or boolean copy of a whole vocabulary is not needed.
+    largest = max(float(torch.linalg.vector_norm(rows, torch.inf)) for rows in weight.flatten(0, -2).split(4096))
+    # Scales beyond these would themselves leave float32's range; no weight is meant to be so.
+    return 2.0 ** max(-100, min(math.frexp(largest)[1], 100))
 
 
 class Linear:
     """``y = x Wᵀ + b`` with the weight packed once into the layout that the CPU kernel streams.
 
-    With the compiled kernels a row's result has the same bits whatever the other rows, their number and the
-    number of threads. The portable form is :func:`torch.nn.functional.linear`, whose bits may depend on the
-    number of rows.
+    Inputs and outputs are float32 whatever the weight's dtype. With the compiled kernels a row's result has the same bits
+    whatever the other rows, their number and the number of threads. The portable form is
+    :func:`torch.nn.functional.linear` in the weight's dtype, whose bits may depend on the number of rows.
 
     Args:
         weight: [N, K], float32 or bfloat16; copied (packed), not kept, when the compiled kernels are present.
-        bias: [N] or None; added in float32 before the one rounding to the output dtype.
-        out_dtype: float32 or bfloat16, the weight's if None. Float32 means the unrounded sums.
+        bias: [N] or None; added in float32.
 
     Attributes:
         in_features: K.
         out_features: N.
-        dtype: dtype of the weight, hence of inputs.
-        out_dtype: dtype of outputs.
+        dtype: dtype of the weight.
         nbytes: bytes of memory that the layer holds.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        self.out_dtype = weight.dtype if out_dtype is None else out_dtype
+        self._bias = None if bias is None else bias.to(torch.float32, copy=True).contiguous()
         lib = dispatch.cpu_kernels()
         self._lib = None if lib is None or self.dtype not in dispatch.DTYPE_CODES else _declare(lib)
         if self._lib is None:
             self._weight = weight
-            self._bias = bias if bias is None else bias.to(self.out_dtype)
         else:
             n, k = weight.shape
-            source = weight.contiguous()
-            self._weight = torch.empty(self._lib.kvb_linear_packed_elements(n, k), dtype=self.dtype)
-            self._lib.kvb_linear_pack(
-                source.data_ptr(), n, k, dispatch.DTYPE_CODES[self.dtype], self._weight.data_ptr()
+            self._compute = choose_compute(self._lib, self.dtype)
+            self._scale = weight_scale(weight, self._compute)
+            self._weight = torch.empty(
+                self._lib.kvb_linear_packed_elements(n, k, self._compute), dtype=packed_dtype(self._compute)
             )
-            self._bias = bias if bias is None else bias.to(torch.float32, copy=True).contiguous()
+            source = weight.contiguous()
             self._packed_ptr = self._weight.data_ptr()
+            self._lib.kvb_linear_pack(source.data_ptr(), n, k, self._compute, self._scale, self._packed_ptr)
             self._bias_ptr = None if self._bias is None else self._bias.data_ptr()
-            self._compute = compute_code(self._lib, self.dtype)
         self.nbytes = self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``x Wᵀ + b``.
 
         Args:
-            x: [M, K] in the weight's dtype; elements of a row are adjacent.
-            out: [M, N] to write into, or None to allocate; elements of a row are adjacent.
+            x: [M, K] float32; elements of a row are adjacent.
+            out: [M, N] float32 to write into, or None to allocate; elements of a row are adjacent.
         """
         if self._lib is None:
-            y = F.linear(x.to(self.out_dtype), self._weight.to(self.out_dtype), self._bias)
+            y = F.linear(x.to(self.dtype), self._weight).float()
+            y = y if self._bias is None else y + self._bias
             return y if out is None else out.copy_(y)
         rows = x.shape[0]
         if out is None:
-            out = torch.empty((rows, self.out_features), dtype=self.out_dtype)
+            out = torch.empty((rows, self.out_features))
         self._lib.kvb_linear(
             x.data_ptr(),
             x.stride(0),
             self._packed_ptr,
+            self._scale,
             self._bias_ptr,
             out.data_ptr(),
             out.stride(0),
@@ -103,6 +123,10 @@ class Linear:
             self.in_features,
             self.out_features,
             self._compute,
-            dispatch.DTYPE_CODES[self.out_dtype],
         )
         return out
+
+
+def packed_dtype(compute: Compute) -> torch.dtype:
+    """Return the dtype of packed weights."""
+    return {Compute.FLOAT32: torch.float32, Compute.HALF: torch.float16}.get(compute, torch.bfloat16)

@@ -10,21 +10,21 @@ import torch.nn.functional as F
 
 from kvbuffer.ops import dispatch
 from kvbuffer.ops.activation import swiglu
-from kvbuffer.ops.linear import compute_code
+from kvbuffer.ops.linear import choose_compute, packed_dtype, weight_scale
 
-_P, _I, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_P, _I, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
 @cache
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     """Give the C functions of this file their signatures."""
-    lib.kvb_route.argtypes = [_P, _P, _P, _I, _I, _I, _INT, _INT]
+    lib.kvb_route.argtypes = [_P, _P, _P, _I, _I, _I, _INT]
     lib.kvb_route.restype = None
-    lib.kvb_experts_elements.argtypes = [_I, _I, _I, _P, _P]
+    lib.kvb_experts_elements.argtypes = [_I, _I, _I, _INT, _P, _P]
     lib.kvb_experts_elements.restype = None
-    lib.kvb_experts_pack.argtypes = [_P, _P, _I, _I, _I, _INT, _P, _P]
+    lib.kvb_experts_pack.argtypes = [_P, _P, _I, _I, _I, _INT, _FLOAT, _FLOAT, _P, _P]
     lib.kvb_experts_pack.restype = None
-    lib.kvb_moe_mlp.argtypes = [_P, _I, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _INT]
+    lib.kvb_moe_mlp.argtypes = [_P, _I, _P, _P, _P, _P, _FLOAT, _FLOAT, _P, _I, _I, _I, _I, _I, _INT]
     lib.kvb_moe_mlp.restype = None
     return lib
 
@@ -35,34 +35,31 @@ def route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tens
     Equal probabilities go to the lower index first. Rows are independent of each other.
 
     Args:
-        logits: [M, E], float32 or bfloat16, contiguous.
+        logits: [M, E] float32, contiguous.
         top_k: experts per token, at most E.
         normalize: whether the chosen probabilities are scaled to sum to one.
 
     Returns:
-        Expert indices [M, top_k], int32, and their weights [M, top_k], float32, rounded to the logits' dtype.
+        Expert indices [M, top_k], int32, and their weights [M, top_k], float32.
     """
     lib = dispatch.cpu_kernels()
-    dtype = dispatch.DTYPE_CODES.get(logits.dtype)
-    if lib is None or dtype is None:
+    if lib is None:
         return _route_portable(logits, top_k, normalize)
     rows, experts = logits.shape
     ids = torch.empty((rows, top_k), dtype=torch.int32)
     weights = torch.empty((rows, top_k), dtype=torch.float32)
-    _declare(lib).kvb_route(
-        logits.data_ptr(), ids.data_ptr(), weights.data_ptr(), rows, experts, top_k, normalize, dtype
-    )
+    _declare(lib).kvb_route(logits.data_ptr(), ids.data_ptr(), weights.data_ptr(), rows, experts, top_k, normalize)
     return ids, weights
 
 
 def _route_portable(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     # A stable sort, because topk leaves the order of equal values open.
-    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    probabilities = torch.softmax(logits, dim=-1)
     weights, ids = torch.sort(probabilities, dim=-1, descending=True, stable=True)
     weights, ids = weights[:, :top_k], ids[:, :top_k]
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    return ids.to(torch.int32).contiguous(), weights.to(logits.dtype).float().contiguous()
+    return ids.to(torch.int32).contiguous(), weights.contiguous()
 
 
 class PackedExperts:
@@ -77,7 +74,7 @@ class PackedExperts:
         num_experts: E.
         hidden_size: H.
         intermediate_size: I.
-        dtype: dtype of the weights, hence of activations.
+        dtype: dtype of the weights.
         nbytes: bytes of memory that the weights take.
     """
 
@@ -89,19 +86,21 @@ class PackedExperts:
         self.gate_up, self.down = gate_up, down
         if self.lib is not None:
             shape = (self.num_experts, self.hidden_size, self.intermediate_size)
+            self.compute = choose_compute(self.lib, self.dtype)
+            self.scales = weight_scale(gate_up, self.compute), weight_scale(down, self.compute)
             sizes = (ctypes.c_int64(), ctypes.c_int64())
-            self.lib.kvb_experts_elements(*shape, ctypes.byref(sizes[0]), ctypes.byref(sizes[1]))
+            self.lib.kvb_experts_elements(*shape, self.compute, ctypes.byref(sizes[0]), ctypes.byref(sizes[1]))
             gate_up, down = gate_up.contiguous(), down.contiguous()
-            self.gate_up, self.down = (torch.empty(size.value, dtype=self.dtype) for size in sizes)
+            self.gate_up, self.down = (torch.empty(size.value, dtype=packed_dtype(self.compute)) for size in sizes)
             self.lib.kvb_experts_pack(
                 gate_up.data_ptr(),
                 down.data_ptr(),
                 *shape,
-                dispatch.DTYPE_CODES[self.dtype],
+                self.compute,
+                *self.scales,
                 self.gate_up.data_ptr(),
                 self.down.data_ptr(),
             )
-            self.compute = compute_code(self.lib, self.dtype)
         self.nbytes = self.gate_up.nbytes + self.down.nbytes
 
 
@@ -110,23 +109,22 @@ def moe_mlp(
 ) -> torch.Tensor:
     """Return, for each token, the weighted sum of down(silu(gate x) * up x) over its experts.
 
-    The hidden values are rounded to the model's dtype once; the sum over experts is taken in float32, in
-    ascending order of the expert's index, and rounded once. With the compiled kernels a token's
-    result has the same bits whatever the other tokens, their number and the number of threads.
+    The sum over experts is taken in float32, in ascending order of the expert's index. With the compiled kernels a
+    token's result has the same bits whatever the other tokens, their number and the number of threads.
 
     Args:
-        x: [M, H] in the experts' dtype; elements of a row are adjacent.
+        x: [M, H] float32; elements of a row are adjacent.
         expert_ids: [M, top_k], int32, contiguous; an index outside [0, E) adds nothing.
         expert_weights: [M, top_k], float32, contiguous.
         experts: the packed weights.
 
     Returns:
-        [M, H], contiguous, in the dtype of x.
+        [M, H] float32, contiguous.
     """
     if experts.lib is None:
         return _moe_mlp_portable(x, expert_ids, expert_weights, experts)
     rows, top_k = expert_ids.shape
-    out = torch.empty((rows, experts.hidden_size), dtype=experts.dtype)
+    out = torch.empty((rows, experts.hidden_size))
     experts.lib.kvb_moe_mlp(
         x.data_ptr(),
         x.stride(0),
@@ -134,6 +132,7 @@ def moe_mlp(
         expert_weights.data_ptr(),
         experts.gate_up.data_ptr(),
         experts.down.data_ptr(),
+        *experts.scales,
         out.data_ptr(),
         rows,
         top_k,
@@ -148,11 +147,11 @@ def moe_mlp(
 def _moe_mlp_portable(
     x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, experts: PackedExperts
 ) -> torch.Tensor:
-    total = torch.zeros(x.shape, dtype=torch.float32)
+    total = torch.zeros(x.shape)
     for expert in torch.unique(expert_ids).tolist():
         if 0 <= expert < experts.num_experts:
             token, slot = torch.where(expert_ids == expert)
-            hidden = swiglu(F.linear(x[token], experts.gate_up[expert]))
-            y = F.linear(hidden, experts.down[expert]).float()
+            hidden = swiglu(F.linear(x[token].to(experts.dtype), experts.gate_up[expert]).float())
+            y = F.linear(hidden.to(experts.dtype), experts.down[expert]).float()
             total.index_add_(0, token, y * expert_weights[token, slot, None])
-    return total.to(x.dtype)
+    return total

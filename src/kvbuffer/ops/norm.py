@@ -17,12 +17,12 @@ UNIT_EPS = 1e-6
 
 @cache
 def _bind(lib: CDLL) -> CDLL:
-    lib.kvb_add_rms_norm.argtypes = [*[c_void_p] * 4, c_int64, c_int64, c_double, c_int64]
+    lib.kvb_add_rms_norm.argtypes = [*[c_void_p] * 4, c_int64, c_int64, c_double]
     lib.kvb_gated_rms_norm.argtypes = [
-        c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_double, c_int64,
+        c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_double,
     ]  # fmt: skip
     lib.kvb_gated_delta_inputs.argtypes = [
-        c_void_p, c_int64, c_void_p, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 5,
+        c_void_p, c_int64, c_void_p, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4,
     ]  # fmt: skip
     return lib
 
@@ -31,24 +31,23 @@ def add_rms_norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float)
     """Add ``x`` to ``residual`` in place and return the RMSNorm of the sum.
 
     Args:
-        x: [N, D] contiguous, or None to add nothing.
-        residual: [N, D] contiguous, float32 or bfloat16; updated in place.
+        x: [N, D] float32, contiguous, or None to add nothing.
+        residual: [N, D] float32, contiguous; updated in place.
         weight: [D] float32, the factor itself (1 + w for zero-centred norms).
         eps: added to the mean square.
 
     Returns:
-        [N, D] in residual's dtype.
+        [N, D] float32.
     """
     lib = dispatch.cpu_kernels()
     if lib is None:
         if x is not None:
             residual += x
-        wide = residual.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(residual.dtype)
+        return residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps) * weight
     out = torch.empty_like(residual)
     _bind(lib).kvb_add_rms_norm(
         None if x is None else x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(),
-        residual.shape[0], residual.shape[1], eps, dispatch.DTYPE_CODES[residual.dtype],
+        residual.shape[0], residual.shape[1], eps,
     )  # fmt: skip
     return out
 
@@ -58,22 +57,21 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
     Args:
         x: [N, H, V] float32, contiguous.
-        gate: [N, H * V] float32 or bfloat16; rows may be strided.
+        gate: [N, H * V] float32; rows may be strided.
         weight: [V] float32.
         eps: added to the mean square.
 
     Returns:
-        [N, H * V] in gate's dtype.
+        [N, H * V] float32.
     """
     tokens, heads, dim = x.shape
     lib = dispatch.cpu_kernels()
     if lib is None:
         normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-        return (normed.flatten(1) * F.silu(gate.float())).to(gate.dtype)
-    out = torch.empty(tokens, heads * dim, dtype=gate.dtype)
+        return normed.flatten(1) * F.silu(gate)
+    out = torch.empty(tokens, heads * dim)
     _bind(lib).kvb_gated_rms_norm(
         x.data_ptr(), gate.data_ptr(), gate.stride(0), weight.data_ptr(), out.data_ptr(), tokens, heads, dim, eps,
-        dispatch.DTYPE_CODES[gate.dtype],
     )  # fmt: skip
     return out
 
@@ -84,7 +82,7 @@ def gated_delta_inputs(qk: Tensor, b: Tensor, a: Tensor, a_log: Tensor, dt_bias:
     Args:
         qk: [N, 2 * HK, K] float32 (rows may be strided), query heads first. In place each head becomes unit length and
             queries are also scaled by K ** -0.5.
-        b: [N, HV] float32 or bfloat16, writing strength before its sigmoid (rows strided as a's).
+        b: [N, HV] float32, writing strength before its sigmoid (rows strided as a's).
         a: [N, HV] as b, time step before its softplus.
         a_log: [HV] float32, log of the decay rate.
         dt_bias: [HV] float32.
@@ -98,11 +96,11 @@ def gated_delta_inputs(qk: Tensor, b: Tensor, a: Tensor, a_log: Tensor, dt_bias:
     if lib is None:
         qk *= torch.rsqrt(qk.square().sum(-1, keepdim=True) + UNIT_EPS)
         qk[:, : heads // 2] *= dim**-0.5
-        return -a_log.exp() * F.softplus(a.float() + dt_bias), torch.sigmoid(b.float())
-    g = torch.empty(tokens, value_heads, dtype=torch.float32)
+        return -a_log.exp() * F.softplus(a + dt_bias), torch.sigmoid(b)
+    g = torch.empty(tokens, value_heads)
     beta = torch.empty_like(g)
     _bind(lib).kvb_gated_delta_inputs(
         qk.data_ptr(), qk.stride(0), b.data_ptr(), a.data_ptr(), a.stride(0), a_log.data_ptr(), dt_bias.data_ptr(),
-        g.data_ptr(), beta.data_ptr(), tokens, heads // 2, value_heads, dim, dispatch.DTYPE_CODES[a.dtype],
+        g.data_ptr(), beta.data_ptr(), tokens, heads // 2, value_heads, dim,
     )  # fmt: skip
     return g, beta

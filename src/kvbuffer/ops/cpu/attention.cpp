@@ -20,8 +20,9 @@ constexpr int kFewRows = 16;     // up to here, reading keys and values costs mo
 
 template <class T>
 struct Attention {
-  const T *q, *pages, *gate;  // gate: null when there is none
-  T* out;
+  const float *q, *gate;  // gate: null when there is none
+  const T* pages;
+  float* out;
   int64_t gate_stride, heads, kv_heads, dim;
   Sequences seqs;
 
@@ -182,20 +183,20 @@ void load_queries(const Attention<T>& a, const Block& block, float* q) {
   const float scale = 1.f / std::sqrt(static_cast<float>(a.dim));
   const int64_t group_size = a.group() * a.dim;
   for (int64_t t = 0; t < block.count; ++t) {
-    const T* from = a.q + ((block.token + t) * a.heads + block.head * a.group()) * a.dim;
+    const float* from = a.q + ((block.token + t) * a.heads + block.head * a.group()) * a.dim;
     for (int64_t d = 0; d < group_size; d += kLanes) store(q + t * group_size + d, load(from + d) * scale);
   }
 }
 
-// Divides by the sum of the weights and gates, in float32, rounded once.
+// Divides by the sum of the weights and gates.
 template <class T>
 void write_rows(const Attention<T>& a, const Block& block, const Partial& total) {
   const int64_t group = a.group();
   for (int64_t r = 0; r < block.count * group; ++r) {
     const int64_t token = block.token + r / group, head = block.head * group + r % group;
-    T* out = a.out + (token * a.heads + head) * a.dim;
+    float* out = a.out + (token * a.heads + head) * a.dim;
     const float inverse = 1.f / total.sum[r];
-    const T* gate = a.gate ? a.gate + token * a.gate_stride + head * a.dim : nullptr;
+    const float* gate = a.gate ? a.gate + token * a.gate_stride + head * a.dim : nullptr;
     for (int64_t d = 0; d < a.dim; d += kLanes) {
       Vec x = load(total.acc + r * a.dim + d) * inverse;
       if (gate) x = x * sigmoid(load(gate + d));
@@ -296,19 +297,19 @@ void paged_attention(const Attention<T>& a) {
 
 using namespace kvb;
 
-//   q            [N, H, D]         model dtype  read
+//   q            [N, H, D]         float32      read
 //   pages, page_table, cu_seqlens, context_lens: see paged_kv.h, read
-//   gate         [N, gate_stride]  model dtype  read     rows of H*D; null for none
-//   out          [N, H*D]          model dtype  written
-extern "C" void kvb_paged_attention(const void* q, const void* pages, const int32_t* page_table, int64_t table_stride,
-                                    const int32_t* cu_seqlens, const int32_t* context_lens, const void* gate,
-                                    int64_t gate_stride, void* out, int64_t num_seqs, int64_t heads, int64_t kv_heads,
-                                    int64_t dim, int dtype) {
+//   gate         [N, gate_stride]  float32      read     rows of H*D; null for none
+//   out          [N, H*D]          float32      written
+extern "C" void kvb_paged_attention(const float* q, const void* pages, const int32_t* page_table, int64_t table_stride,
+                                    const int32_t* cu_seqlens, const int32_t* context_lens, const float* gate,
+                                    int64_t gate_stride, float* out, int64_t num_seqs, int64_t heads, int64_t kv_heads,
+                                    int64_t dim, int page_dtype) {
   const Sequences seqs{page_table, cu_seqlens, context_lens, table_stride, num_seqs};
   const auto run = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    paged_attention(Attention<T>{static_cast<const T*>(q), static_cast<const T*>(pages), static_cast<const T*>(gate),
-                                 static_cast<T*>(out), gate_stride, heads, kv_heads, dim, seqs});
+    paged_attention(
+        Attention<T>{q, gate, static_cast<const T*>(pages), out, gate_stride, heads, kv_heads, dim, seqs});
   };
-  dtype == 0 ? run(static_cast<float*>(nullptr)) : run(static_cast<bf16*>(nullptr));
+  page_dtype == 0 ? run(static_cast<float*>(nullptr)) : run(static_cast<bf16*>(nullptr));
 }

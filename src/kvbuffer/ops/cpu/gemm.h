@@ -1,15 +1,15 @@
 // Micro-kernels and packed layouts shared by the dense layers (linear.cpp) and the experts (moe.cpp).
 //
-// Weights [N, K] are packed once into panels of kPanel outputs. K is zero padded to whole blocks of kBlock and N to
-// whole panels, so kernels have no tails. A float32 panel is [K][kPanel]; a bfloat16 panel is [K / 2][kPanel][2], the
-// pairs of consecutive k side by side: what the dot-product instruction reads, and one shift or mask away from float32.
+// Weights [N, K] are packed once into panels of kPanel outputs. K is zero padded to whole blocks and N to whole panels, so
+// kernels have no tails. A float32 panel is [K][kPanel]; a panel of 16-bit weights is [K / 2][kPanel][2], the pairs of
+// consecutive k side by side: what pair-wise instructions read, and one shift or mask away from float32.
 //
-// Rows are packed per call, in tiles of up to kMaxRows rows: a tile is [K / kBlock][rows][kBlock], so that the kernel
+// Rows are packed per call, in tiles of up to kMaxRows rows: a tile is [K / kBlock][rows][kRowBlock], so that the kernel
 // reads it through one pointer with constant offsets.
 //
-// Every output is one float32 chain of fused multiply-adds along ascending k, whatever the tile and the blocking
-// (stopping between two blocks stores the float32 sum and loads it back, which changes no bit). So a row's result
-// depends neither on the other rows nor on the number of threads.
+// Every output is one float32 chain of additions along ascending k, whatever the tile and the blocking (stopping between
+// two blocks stores the float32 sum and loads it back, which changes no bit). So a row's result depends neither on the
+// other rows nor on the number of threads.
 #pragma once
 #include <sys/mman.h>
 
@@ -21,13 +21,12 @@
 #include <utility>
 
 #include "vec.h"
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__AVX512FP16__)
 #include <immintrin.h>
 #endif
 
 namespace kvb {
 
-constexpr int kBlock = 16;
 constexpr int kPanelVecs = 2;
 constexpr int kPanel = kPanelVecs * kLanes;
 // The accumulators of a full tile, two weight vectors and one broadcast fill the register file: 32 registers or 16.
@@ -44,28 +43,61 @@ constexpr uintptr_t kPrefetchBytes = 8192;
 constexpr int64_t kSliceBytes = 32 * 1024;
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t padded_k(int64_t k) { return ceil_div(k, kBlock) * kBlock; }
 
-// How products are computed. Element: a stored weight; Row: a packed activation. The codes are the C interface's.
+// How products are computed. Source: an element of the checkpoint; Element: a stored weight; Row: a packed activation;
+// kBlock: columns of K that are computed together; kRowBlock: Rows that a packed row takes for them. The codes are the C
+// interface's.
 struct Float32 {
-  static constexpr int kCode = 0;
+  static constexpr int kCode = 0, kBlock = 16, kRowBlock = kBlock;
+  using Source = float;
   using Element = float;
   using Row = float;
 };
 struct Widened {  // bfloat16 widened to float32 in registers: exact products, float32 sums
-  static constexpr int kCode = 1;
+  static constexpr int kCode = 1, kBlock = 16, kRowBlock = kBlock;
+  using Source = bf16;
   using Element = bf16;
   using Row = float;
 };
-struct PairDot {  // bfloat16 pairs multiplied and added by one instruction
-  static constexpr int kCode = 2;
+struct PairDot {  // activations rounded to bfloat16; pairs multiplied and added by one instruction
+  static constexpr int kCode = 2, kBlock = 16, kRowBlock = kBlock;
+  using Source = bf16;
   using Element = bf16;
   using Row = bf16;
 };
 
+// Half: products and short sums in float16, twice as fast as in float32 and still more accurate than activations rounded
+// to bfloat16 (8 bits of mantissa against 11). Range is kept by powers of two, which round nothing: one for all of the
+// weights, below 1, and one per row and block of 64 columns, below 256. So 32 products add up to less than 2^13, and
+// a bfloat16 weight is kept exactly down to 2^-17 of the largest. The two halves of a pair of columns are summed apart,
+// and after 32 products each the sums go to float32: rounding grows with the root of 32, not of K. A packed row's block
+// is 64 values and the float32 that scales their sum.
+#if defined(__AVX512FP16__)
+typedef _Float16 half;
+typedef half VecHalf __attribute__((vector_size(kLanes * 4)));
+
+struct Half {
+  static constexpr int kCode = 3, kBlock = 64, kRowBlock = kBlock + 2;
+  using Source = bf16;
+  using Element = half;
+  using Row = half;
+};
+#endif
+
+template <class C>
+static inline int64_t padded_k(int64_t k) {
+  return ceil_div(k, C::kBlock) * C::kBlock;
+}
+// Rows that `columns` columns of one packed row take.
+template <class C>
+static inline int64_t packed_width(int64_t columns) {
+  return columns / C::kBlock * C::kRowBlock;
+}
+
 // One K block of a tile: acc[r][v] += x[r][k] * w[k][v].
 template <int R>
 static inline void multiply_block(Float32, Vec (&acc)[R][kPanelVecs], const float* x, const float* w) {
+  constexpr int kBlock = Float32::kBlock;
   for (int k = 0; k < kBlock; ++k) {
     Vec b[kPanelVecs];
 #pragma GCC unroll 8
@@ -81,6 +113,7 @@ static inline void multiply_block(Float32, Vec (&acc)[R][kPanelVecs], const floa
 
 template <int R>
 static inline void multiply_block(Widened, Vec (&acc)[R][kPanelVecs], const float* x, const bf16* w) {
+  constexpr int kBlock = Widened::kBlock;
   for (int k = 0; k < kBlock; k += 2) {
     Vec even[kPanelVecs], odd[kPanelVecs];
 #pragma GCC unroll 8
@@ -88,8 +121,8 @@ static inline void multiply_block(Widened, Vec (&acc)[R][kPanelVecs], const floa
       VecU pair;
       std::memcpy(&pair, w + k * kPanel + v * 2 * kLanes, sizeof(pair));
       VecU low = pair << 16, high = pair & 0xffff0000u;
-      even[v] = reinterpret_cast<Vec&>(low);
-      odd[v] = reinterpret_cast<Vec&>(high);
+      even[v] = (Vec)low;
+      odd[v] = (Vec)high;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -109,6 +142,7 @@ static inline void multiply_block(Widened, Vec (&acc)[R][kPanelVecs], const floa
 #if defined(__AVX512BF16__)
 template <int R>
 static inline void multiply_block(PairDot, Vec (&acc)[R][kPanelVecs], const bf16* x, const bf16* w) {
+  constexpr int kBlock = PairDot::kBlock;
   for (int k = 0; k < kBlock; k += 2) {
     __m512bh b[kPanelVecs];
 #pragma GCC unroll 8
@@ -126,35 +160,98 @@ static inline void multiply_block(PairDot, Vec (&acc)[R][kPanelVecs], const bf16
 }
 #endif
 
+template <class Element>
+static inline void prefetch_block(const Element* w, size_t count) {
+#pragma GCC unroll 64
+  for (size_t i = 0; i < count * sizeof(Element); i += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(w) + kPrefetchBytes + i), 0, 2);
+}
+
 // c[r][panel] (+)= x tile * w panel over `blocks` K blocks; `first` starts the sums instead of continuing them.
 template <class C, int R>
-static void multiply_tile_of(const typename C::Row* x, const typename C::Element* w, int64_t blocks, bool first,
-                             float* c) {
-  Vec acc[R][kPanelVecs];
+struct Tile {
+  static void multiply(const typename C::Row* x, const typename C::Element* w, int64_t blocks, bool first, float* c) {
+    Vec acc[R][kPanelVecs];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kPanelVecs; ++v) acc[r][v] = first ? Vec{} : load(c + r * kPanel + v * kLanes);
-  for (int64_t block = 0; block < blocks; ++block) {
-#pragma GCC unroll 64
-    for (size_t i = 0; i < kBlock * kPanel * sizeof(*w); i += 64)
-      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(w) + kPrefetchBytes + i), 0, 2);
-    multiply_block<R>(C{}, acc, x, w);
-    x += R * kBlock;
-    w += kBlock * kPanel;
+      for (int v = 0; v < kPanelVecs; ++v) acc[r][v] = first ? Vec{} : load(c + r * kPanel + v * kLanes);
+    for (int64_t block = 0; block < blocks; ++block) {
+      prefetch_block(w, C::kBlock * kPanel);
+      multiply_block<R>(C{}, acc, x, w);
+      x += R * C::kRowBlock;
+      w += C::kBlock * kPanel;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kPanelVecs; ++v) store(c + r * kPanel + v * kLanes, acc[r][v]);
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kPanelVecs; ++v) store(c + r * kPanel + v * kLanes, acc[r][v]);
+};
+
+#if defined(__AVX512FP16__)
+// The intrinsics without a mask start from an undefined vector, which GCC warns of.
+constexpr __mmask16 kAll = 0xffff;
+
+// The sums of a pair's two halves, added and widened: lane i is output i.
+static inline Vec pair_sums(VecHalf x) {
+  VecU bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const VecU swapped = (bits << 16) | (bits >> 16);
+  VecHalf other;
+  std::memcpy(&other, &swapped, sizeof(other));
+  const VecHalf sums = x + other;
+  std::memcpy(&bits, &sums, sizeof(bits));
+  const __m256i low = _mm512_maskz_cvtepi32_epi16(kAll, reinterpret_cast<__m512i>(bits));
+  return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(kAll, low));
 }
+
+template <int R>
+struct Tile<Half, R> {
+  static void multiply(const half* x, const half* w, int64_t blocks, bool first, float* c) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      VecHalf acc[R][kPanelVecs] = {};
+#pragma GCC unroll 2
+      for (int k = 0; k < Half::kBlock; k += 2) {
+        if (k % 4 == 0) prefetch_block(w + k * kPanel, 4 * kPanel);
+        VecHalf b[kPanelVecs];
+#pragma GCC unroll 8
+        for (int v = 0; v < kPanelVecs; ++v) std::memcpy(&b[v], w + k * kPanel + v * 2 * kLanes, sizeof(b[v]));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          int pair;
+          std::memcpy(&pair, x + r * Half::kRowBlock + k, sizeof(pair));
+          const VecI pairs = pair - VecI{};
+          VecHalf a;
+          std::memcpy(&a, &pairs, sizeof(a));
+#pragma GCC unroll 8
+          for (int v = 0; v < kPanelVecs; ++v) acc[r][v] += a * b[v];
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        float scale;
+        std::memcpy(&scale, x + r * Half::kRowBlock + Half::kBlock, sizeof(scale));
+#pragma GCC unroll 8
+        for (int v = 0; v < kPanelVecs; ++v) {
+          float* sum = c + r * kPanel + v * kLanes;
+          const Vec before = first && block == 0 ? Vec{} : load(sum);
+          store(sum, before + scale * pair_sums(acc[r][v]));
+        }
+      }
+      x += R * Half::kRowBlock;
+      w += Half::kBlock * kPanel;
+    }
+  }
+};
+#endif
 
 template <class C>
 using TileFunction = void (*)(const typename C::Row*, const typename C::Element*, int64_t, bool, float*);
 
 template <class C, size_t... I>
 static constexpr std::array<TileFunction<C>, sizeof...(I)> tile_functions(std::index_sequence<I...>) {
-  return {&multiply_tile_of<C, static_cast<int>(I) + 1>...};
+  return {&Tile<C, static_cast<int>(I) + 1>::multiply...};
 }
 
 template <class C>
@@ -178,67 +275,92 @@ struct Tiles {
 template <class C>
 static void multiply(const Tiles& tiles, const typename C::Row* x, int64_t x_stride, const typename C::Element* w,
                      int64_t depth, bool first, float* c) {
-  constexpr int64_t kSlice = kSliceBytes / (kPanel * sizeof(typename C::Element)) / kBlock * kBlock;
+  constexpr int64_t kSlice = kSliceBytes / (kPanel * sizeof(typename C::Element)) / C::kBlock * C::kBlock;
   for (int64_t k = 0; k < depth; k += kSlice)
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t rows = tiles.size(t), begin = tiles.begin(t);
-      multiply_tile<C>(rows, x + begin * x_stride + k * rows, w + k * kPanel, std::min(kSlice, depth - k) / kBlock,
-                       first && k == 0, c + begin * kPanel);
+      multiply_tile<C>(rows, x + begin * x_stride + packed_width<C>(k) * rows, w + k * kPanel,
+                       std::min(kSlice, depth - k) / C::kBlock, first && k == 0, c + begin * kPanel);
     }
 }
 
-template <class Out, class In>
-static inline void copy_row_block(const In* from, int64_t count, Out* to) {
-  for (int i = 0; i < kBlock; ++i) from_float(i < count ? to_float(from[i]) : 0.f, to + i);
+// Packs `count` <= kBlock columns of one row, zero padded.
+template <class C>
+static inline void pack_row_block(C, const float* from, int64_t count, float, typename C::Row* to) {
+  for (int i = 0; i < C::kBlock; ++i) from_float(i < count ? from[i] : 0.f, to + i);
 }
-static inline void copy_row_block(const bf16* from, int64_t count, bf16* to) {
-  for (int i = 0; i < kBlock; ++i) to[i] = i < count ? from[i] : bf16{0};
+#if defined(__AVX512FP16__)
+static inline void pack_row_block(Half, const float* from, int64_t count, float weight_scale, half* to) {
+  float x[Half::kBlock] = {};
+  std::memcpy(x, from, count * sizeof(float));
+  float largest = 0.f;
+  for (float v : x) largest = std::max(largest, std::fabs(v));
+  uint32_t bits;
+  std::memcpy(&bits, &largest, sizeof(bits));
+  const int exponent = std::max(static_cast<int>(bits >> 23) - 127, -110);  // below that, a block counts as zeros
+  const float to_half = std::ldexp(1.f, 7 - exponent), scale = std::ldexp(weight_scale, exponent - 7);
+  for (int i = 0; i < Half::kBlock; i += kLanes) {
+    const __m256i rounded = _mm512_maskz_cvtps_ph(kAll, reinterpret_cast<__m512>(load(x + i) * to_half), 0);
+    std::memcpy(to + i, &rounded, sizeof(rounded));
+  }
+  std::memcpy(to + Half::kBlock, &scale, sizeof(scale));
 }
+#endif
 
 // Packs columns [k, k + width) of all rows; row(i) points to row i, which ends at column `total_k` and is zero padded.
 template <class C, class RowAt>
-static void pack_rows(const Tiles& tiles, RowAt row, int64_t k, int64_t width, int64_t total_k,
+static void pack_rows(const Tiles& tiles, RowAt row, int64_t k, int64_t width, int64_t total_k, float weight_scale,
                       typename C::Row* packed) {
   for (int64_t t = 0; t < tiles.count; ++t)
-    for (int64_t block = 0; block < width; block += kBlock)
-      for (int64_t r = 0; r < tiles.size(t); ++r, packed += kBlock) {
-        const auto* from = row(tiles.begin(t) + r) + k + block;
-        int64_t valid = total_k - k - block;
-        if (valid >= kBlock)
-          copy_row_block(from, kBlock, packed);
+    for (int64_t block = 0; block < width; block += C::kBlock)
+      for (int64_t r = 0; r < tiles.size(t); ++r, packed += C::kRowBlock) {
+        const float* from = row(tiles.begin(t) + r) + k + block;
+        const int64_t left = total_k - k - block;
+        // Two calls, so that the common one has a constant count.
+        if (left >= C::kBlock)
+          pack_row_block(C{}, from, C::kBlock, weight_scale, packed);
         else
-          copy_row_block(from, valid, packed);
+          pack_row_block(C{}, from, left, weight_scale, packed);
       }
 }
 
-// The first `columns` of one row of sums, rounded to the output's dtype.
-template <class T>
-static inline void store_columns(const float* sums, int64_t columns, T* out) {
-  if (columns == kPanel)
-    for (int v = 0; v < kPanelVecs; ++v) store(out + v * kLanes, load(sums + v * kLanes));
-  else
-    for (int64_t n = 0; n < columns; ++n) from_float(sums[n], out + n);
+// The first `columns` of one row of sums.
+static inline void store_columns(const float* sums, int64_t columns, float* out) {
+  std::memcpy(out, sums, columns * sizeof(float));
 }
 
-// Calls run(Float32 | Widened | PairDot) for a code of the C interface.
+// Calls run(Float32 | Widened | PairDot | Half) for a code of the C interface.
 template <class Run>
 static inline void with_compute(int code, Run run) {
   if (code == Float32::kCode) run(Float32{});
 #if defined(__AVX512BF16__)
   else if (code == PairDot::kCode) run(PairDot{});
 #endif
+#if defined(__AVX512FP16__)
+  else if (code == Half::kCode) run(Half{});
+#endif
   else run(Widened{});
 }
 
-// Packs rows [0, rows) of a row-major weight into one panel; outputs and columns beyond the weight are zero.
-static inline void pack_panel(const float* weight, int64_t rows, int64_t k, float* panel) {
-  for (int64_t i = 0; i < padded_k(k); ++i)
-    for (int64_t n = 0; n < kPanel; ++n) *panel++ = n < rows && i < k ? weight[n * k + i] : 0.f;
-}
-static inline void pack_panel(const bf16* weight, int64_t rows, int64_t k, bf16* panel) {
-  for (int64_t i = 0; i < padded_k(k); i += 2)
+static inline void store_weight(float w, bf16* to) { from_float(w, to); }
+#if defined(__AVX512FP16__)
+static inline void store_weight(float w, half* to) { *to = static_cast<half>(w); }
+#endif
+
+// Packs rows [0, rows) of a row-major weight, divided by weight_scale, into one panel; outputs and columns beyond the
+// weight are zero.
+template <class C>
+static inline void pack_panel(C, const bf16* weight, int64_t rows, int64_t k, float weight_scale,
+                              typename C::Element* panel) {
+  const float factor = 1.f / weight_scale;
+  for (int64_t i = 0; i < padded_k<C>(k); i += 2)
     for (int64_t n = 0; n < kPanel; ++n)
-      for (int64_t j = i; j < i + 2; ++j) *panel++ = n < rows && j < k ? weight[n * k + j] : bf16{0};
+      for (int64_t j = i; j < i + 2; ++j)
+        store_weight(n < rows && j < k ? to_float(weight[n * k + j]) * factor : 0.f, panel++);
+}
+static inline void pack_panel(Float32, const float* weight, int64_t rows, int64_t k, float, float* panel) {
+  for (int64_t i = 0; i < padded_k<Float32>(k); ++i)
+    for (int64_t n = 0; n < kPanel; ++n) *panel++ = n < rows && i < k ? weight[n * k + i] : 0.f;
 }
 
 // Asks for huge pages under newly allocated weights: streaming through 4 KB pages loses bandwidth to page walks. Advice

@@ -10,8 +10,7 @@ namespace {  // names of this file: two files may use the same one
 // Small calls stay on one thread: waking the others costs more than the work.
 constexpr int64_t kParallelElements = 1 << 14;
 
-template <typename T>
-static float sum_squares(const T* x, int64_t n) {
+static float sum_squares(const float* x, int64_t n) {
   Vec acc{};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -19,54 +18,49 @@ static float sum_squares(const T* x, int64_t n) {
     acc += v * v;
   }
   float s = hsum(acc);
-  for (; i < n; ++i) s += to_float(x[i]) * to_float(x[i]);
+  for (; i < n; ++i) s += x[i] * x[i];
   return s;
 }
 
 // name      shape    dtype          use
-// x         [N, D]   float32|bf16   read
-// residual  [N, D]   as x           read and written: residual + x, rounded (no add when x is null)
+// x         [N, D]   float32        read
+// residual  [N, D]   float32        read and written: residual + x (no add when x is null)
 // weight    [D]      float32        read: the factor itself (1 + w for zero-centred norms)
-// out       [N, D]   as x           written
-template <typename T>
-static void add_rms_norm(const T* x, T* residual, const float* weight, T* out, int64_t N, int64_t D, float eps) {
+// out       [N, D]   float32        written
+static void add_rms_norm(const float* x, float* residual, const float* weight, float* out, int64_t N, int64_t D, float eps) {
 #pragma omp parallel for schedule(static) if (N * D > kParallelElements)
   for (int64_t r = 0; r < N; ++r) {
-    T *res = residual + r * D, *o = out + r * D;
+    float *res = residual + r * D, *o = out + r * D;
     if (x) {
-      const T* in = x + r * D;
+      const float* in = x + r * D;
       int64_t i = 0;
       for (; i + kLanes <= D; i += kLanes) store(res + i, load(res + i) + load(in + i));
-      for (; i < D; ++i) from_float(to_float(res[i]) + to_float(in[i]), res + i);
+      for (; i < D; ++i) res[i] += in[i];
     }
     const float scale = 1.f / std::sqrt(sum_squares(res, D) / D + eps);
     int64_t i = 0;
     for (; i + kLanes <= D; i += kLanes) store(o + i, load(res + i) * scale * load(weight + i));
-    for (; i < D; ++i) from_float(to_float(res[i]) * scale * weight[i], o + i);
+    for (; i < D; ++i) o[i] = res[i] * scale * weight[i];
   }
 }
 
 // name    shape              dtype          use
 // x       [N, H, V]          float32        read
-// gate    [N, gate_stride]   float32|bf16   read: the first H * V columns
+// gate    [N, gate_stride]   float32        read: the first H * V columns
 // weight  [V]                float32        read
-// out     [N, H, V]          as gate        written: rms_norm(x) * weight * silu(gate)
-template <typename T>
-static void gated_rms_norm(const float* x, const T* gate, int64_t gate_stride, const float* weight, T* out, int64_t N,
+// out     [N, H, V]          float32        written: rms_norm(x) * weight * silu(gate)
+static void gated_rms_norm(const float* x, const float* gate, int64_t gate_stride, const float* weight, float* out, int64_t N,
                            int64_t H, int64_t V, float eps) {
 #pragma omp parallel for schedule(static) collapse(2) if (N * H * V > kParallelElements)
   for (int64_t r = 0; r < N; ++r) {
     for (int64_t h = 0; h < H; ++h) {
       const float* xi = x + (r * H + h) * V;
-      const T* z = gate + r * gate_stride + h * V;
-      T* o = out + (r * H + h) * V;
+      const float* z = gate + r * gate_stride + h * V;
+      float* o = out + (r * H + h) * V;
       const float scale = 1.f / std::sqrt(sum_squares(xi, V) / V + eps);
       int64_t i = 0;
       for (; i + kLanes <= V; i += kLanes) store(o + i, load(xi + i) * scale * load(weight + i) * silu(load(z + i)));
-      for (; i < V; ++i) {
-        const float zi = to_float(z[i]);
-        from_float(xi[i] * scale * weight[i] * zi * sigmoid(zi), o + i);
-      }
+      for (; i < V; ++i) o[i] = xi[i] * scale * weight[i] * z[i] * sigmoid(z[i]);
     }
   }
 }
@@ -74,12 +68,11 @@ static void gated_rms_norm(const float* x, const T* gate, int64_t gate_stride, c
 // name     shape             dtype          use
 // qk       [N, qk_stride]    float32        read and written in place: H heads of K columns, each made unit length;
 //                                           the first half of the heads (queries) also scaled by K^-1/2
-// b, a     [N, ba_stride]    float32|bf16   read: HV columns each
+// b, a     [N, ba_stride]    float32        read: HV columns each
 // a_log    [HV]              float32        read
 // dt_bias  [HV]              float32        read
 // g, beta  [N, HV]           float32        written: -exp(a_log) softplus(a + dt_bias), sigmoid(b)
-template <typename T>
-static void gated_delta_inputs(float* qk, int64_t qk_stride, const T* b, const T* a, int64_t ba_stride,
+static void gated_delta_inputs(float* qk, int64_t qk_stride, const float* b, const float* a, int64_t ba_stride,
                                const float* a_log, const float* dt_bias, float* g, float* beta, int64_t N, int64_t HK,
                                int64_t HV, int64_t K) {
   const float query_scale = 1.f / std::sqrt((float)K);
@@ -93,8 +86,8 @@ static void gated_delta_inputs(float* qk, int64_t qk_stride, const T* b, const T
       for (; i < K; ++i) x[i] *= scale;
     }
     for (int64_t h = 0; h < HV; ++h) {
-      g[r * HV + h] = -std::exp(a_log[h]) * softplus(to_float(a[r * ba_stride + h]) + dt_bias[h]);
-      beta[r * HV + h] = sigmoid(to_float(b[r * ba_stride + h]));
+      g[r * HV + h] = -std::exp(a_log[h]) * softplus(a[r * ba_stride + h] + dt_bias[h]);
+      beta[r * HV + h] = sigmoid(b[r * ba_stride + h]);
     }
   }
 }
@@ -102,35 +95,22 @@ static void gated_delta_inputs(float* qk, int64_t qk_stride, const T* b, const T
 }  // namespace
 }  // namespace kvb
 
-using kvb::bf16;
-
 extern "C" {
 
-void kvb_add_rms_norm(const void* x, void* residual, const float* weight, void* out, int64_t N, int64_t D, double eps,
-                      int64_t dtype) {
-  if (dtype == 0)
-    kvb::add_rms_norm((const float*)x, (float*)residual, weight, (float*)out, N, D, eps);
-  else
-    kvb::add_rms_norm((const bf16*)x, (bf16*)residual, weight, (bf16*)out, N, D, eps);
+void kvb_add_rms_norm(const float* x, float* residual, const float* weight, float* out, int64_t N, int64_t D,
+                      double eps) {
+  kvb::add_rms_norm(x, residual, weight, out, N, D, eps);
 }
 
-void kvb_gated_rms_norm(const float* x, const void* gate, int64_t gate_stride, const float* weight, void* out,
-                        int64_t N, int64_t H, int64_t V, double eps, int64_t dtype) {
-  if (dtype == 0)
-    kvb::gated_rms_norm(x, (const float*)gate, gate_stride, weight, (float*)out, N, H, V, eps);
-  else
-    kvb::gated_rms_norm(x, (const bf16*)gate, gate_stride, weight, (bf16*)out, N, H, V, eps);
+void kvb_gated_rms_norm(const float* x, const float* gate, int64_t gate_stride, const float* weight, float* out,
+                        int64_t N, int64_t H, int64_t V, double eps) {
+  kvb::gated_rms_norm(x, gate, gate_stride, weight, out, N, H, V, eps);
 }
 
-void kvb_gated_delta_inputs(float* qk, int64_t qk_stride, const void* b, const void* a, int64_t ba_stride,
+void kvb_gated_delta_inputs(float* qk, int64_t qk_stride, const float* b, const float* a, int64_t ba_stride,
                             const float* a_log, const float* dt_bias, float* g, float* beta, int64_t N, int64_t HK,
-                            int64_t HV, int64_t K, int64_t dtype) {
-  if (dtype == 0)
-    kvb::gated_delta_inputs(qk, qk_stride, (const float*)b, (const float*)a, ba_stride, a_log, dt_bias, g, beta, N, HK,
-                            HV, K);
-  else
-    kvb::gated_delta_inputs(qk, qk_stride, (const bf16*)b, (const bf16*)a, ba_stride, a_log, dt_bias, g, beta, N, HK,
-                            HV, K);
+                            int64_t HV, int64_t K) {
+  kvb::gated_delta_inputs(qk, qk_stride, b, a, ba_stride, a_log, dt_bias, g, beta, N, HK, HV, K);
 }
 
 }  // extern "C"
