@@ -90,9 +90,7 @@ def make_checkpoint(folder: Path, name: str, dtype: torch.dtype = torch.float32,
         for key, parameter in model.named_parameters():
             # transformers starts most weights near zero, where mistakes hide: spread them, norms and gates included.
             if "A_log" not in key:
-                # Routers most of all: were experts chosen by near ties, rounding would decide which.
-                gain = 8.0 if key.endswith("mlp.gate.weight") else 2.0
-                scale = 0.3 if parameter.ndim == 1 else gain / parameter.shape[-1] ** 0.5
+                scale = 0.3 if parameter.ndim == 1 else 2.0 / parameter.shape[-1] ** 0.5
                 parameter.copy_(
                     torch.randn_like(parameter) * scale + (1.0 if key.endswith("linear_attn.norm.weight") else 0.0)
                 )
