@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvbuffer import __version__
+from kvbuffer.bench.command import bench
 from kvbuffer.cli_options import (
     BufferLen,
     Dtype,
@@ -42,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench, name="bench")
 
 
 @app.command()
@@ -199,13 +201,14 @@ def info(
     import torch
     import transformers
 
-    from kvbuffer.ops.dispatch import explain
+    from kvbuffer.ops.dispatch import explain, explain_operators
 
     print(f"kvbuffer      {__version__}")
     print(f"python        {platform.python_version()} on {platform.platform()}")
     print(f"torch         {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} CPUs")
     print(f"transformers  {transformers.__version__}")
     print(f"kernels       {explain()}")
+    print(explain_operators())
     if model is not None:
         engine = load_engine(
             model=model,

@@ -10,11 +10,20 @@ from kvbuffer.ops import dispatch
 from kvbuffer.ops.buffered import buffered_verify, compact_records, fold_records, recurrent_decode
 from kvbuffer.ops.layout import StatePool
 from kvbuffer.ops.reference import recurrence
-from kvbuffer.ops.rule import FAMILIES, GATED_DELTANET, UpdateRule
+from kvbuffer.ops.rule import FAMILIES, GATED_DELTANET, RWKV7, UpdateRule
 from tests.support.operators import Pool, double, int32, make_tokens, rms_ratio, stack
 
 RULES = list(FAMILIES.values())
 HEADS = [(2, 4), (3, 3)]  # key heads, value heads
+# Dtypes of states and records, and the largest error of the outputs that they may cause.
+TIERS = [
+    (torch.float32, torch.float32, 5e-6),
+    (torch.float32, torch.bfloat16, 4e-3),
+    (torch.bfloat16, torch.float32, 6e-3),
+    (torch.bfloat16, torch.bfloat16, 6e-3),
+    (torch.int8, torch.float32, 1.5e-2),
+    (torch.int8, torch.bfloat16, 1.5e-2),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
@@ -29,6 +38,36 @@ def test_buffered_decode_is_the_recurrence(backend: str, rng: Generator, rule, h
         out = pool.decode(stack([x.rows(slice(t, t + 1)) for x in sequences]))
         for b in range(requests):
             assert rms_ratio(out[b], expected[b][t]) < 5e-6
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+@pytest.mark.parametrize(("state_dtype", "record_dtype", "bound"), TIERS, ids=str)
+def test_precision_tiers(backend: str, rng: Generator, rule, state_dtype, record_dtype, bound) -> None:
+    """Rounded states and records cost what their dtypes cost, and no more: a fold every 8 tokens, over 5 folds."""
+    steps, m, k, v = 45, 8, 32, 48
+    pool = Pool(rule, 2, 2, 4, k, v, m, 8, rng, state_dtype, record_dtype)
+    sequences = [make_tokens(rng, rule, steps, 2, 4, k, v) for _ in range(2)]
+    expected = [recurrence(rule, double(x), pool.state(b))[0] for b, x in enumerate(sequences)]
+    out = torch.stack([pool.decode(stack([x.rows(slice(t, t + 1)) for x in sequences])) for t in range(steps)], 1)
+    for b in range(2):
+        assert rms_ratio(out[b], expected[b]) < bound
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_decode_without_a_state(backend: str, rng: Generator, rule: UpdateRule) -> None:
+    """KV only: the whole past is records; requests with a state may share the call, and no slot is written."""
+    steps = 12
+    pool = Pool(rule, 2, 2, 4, 32, 48, steps, 4, rng)
+    sequences = [make_tokens(rng, rule, steps, 2, 4, 32, 48) for _ in range(2)]
+    starts = [pool.state(0) * 0, pool.state(1)]
+    expected = [recurrence(rule, double(x), starts[b])[0] for b, x in enumerate(sequences)]
+    pool.slots[0] = -1
+    before = pool.states.data.clone()
+    for t in range(steps):
+        out = pool.decode(stack([x.rows(slice(t, t + 1)) for x in sequences]))
+        for b in range(2):
+            assert rms_ratio(out[b], expected[b][t]) < 5e-6
+    torch.testing.assert_close(pool.states.data, before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_requests_at_different_fills_share_a_call(backend: str, rng: Generator) -> None:
@@ -105,20 +144,25 @@ def test_every_path_of_a_tree_is_as_if_decoded_alone(backend: str, rng: Generato
                 assert rms_ratio(later[t][b], expected[t - 2]) < 1e-5
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_buffer_of_one_token_is_the_recurrence_exactly(rng: Generator, state_dtype: torch.dtype) -> None:
-    """The anchor: the same bits as the recurrent kernel, in both state dtypes."""
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_buffer_of_one_token_is_the_recurrence_exactly(
+    rng: Generator, rule: UpdateRule, state_dtype: torch.dtype
+) -> None:
+    """The anchor: the same bits as the recurrent kernel, in every state dtype."""
     if dispatch.cpu_kernels() is None:
         pytest.skip(dispatch.explain())
-    rule, steps = GATED_DELTANET, 50
+    steps = 20
     pool = Pool(rule, 2, 2, 4, 64, 128, 1, 16, rng, state_dtype)
-    baseline = StatePool(pool.states.data.clone())
+    baseline = StatePool(*(None if x is None else x.clone() for x in pool.states))
     x = make_tokens(rng, rule, 2 * steps, 2, 4, 64, 128)
     for t in range(steps):
         step = x.rows(slice(2 * t, 2 * t + 2))
         assert torch.equal(pool.decode(step), recurrent_decode(rule, step, baseline, pool.slots))
     pool.fold()
-    assert torch.equal(pool.states.data[pool.slots.long()], baseline.data[pool.slots.long()])
+    for ours, theirs in zip(pool.states, baseline, strict=True):
+        if ours is not None:
+            assert torch.equal(ours[pool.slots.long()], theirs[pool.slots.long()])
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
@@ -158,8 +202,9 @@ def test_the_state_at_any_buffered_token(backend: str, rng: Generator, rule: Upd
             assert rms_ratio(pool.states.data[free[1]], recurrence(rule, prefix, start * 0)[1]) < 5e-6
 
 
-def test_a_request_decodes_to_the_same_bits_alone_and_in_a_batch(backend: str, rng: Generator) -> None:
-    rule, steps = GATED_DELTANET, 24
+@pytest.mark.parametrize("rule", [GATED_DELTANET, RWKV7], ids=lambda r: r.name)
+def test_a_request_decodes_to_the_same_bits_alone_and_in_a_batch(backend: str, rng: Generator, rule) -> None:
+    steps = 24
     pool = Pool(rule, 6, 2, 4, 64, 64, 8, 16, rng)
     alone = Pool(rule, 6, 2, 4, 64, 64, 8, 16, rng)
     alone.states, alone.slots = StatePool(pool.states.data.clone()), pool.slots

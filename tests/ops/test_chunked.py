@@ -1,4 +1,4 @@
-"""Chunked prefill against the recurrence in float64, and against implementations that we did not write."""
+"""Chunked prefill against the recurrence in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Generator
 from kvbuffer.ops.chunked import CHUNK, chunked_prefill
 from kvbuffer.ops.layout import StatePool
 from kvbuffer.ops.reference import recurrence
-from kvbuffer.ops.rule import FAMILIES, GATED_DELTANET
+from kvbuffer.ops.rule import FAMILIES, Decay, UpdateRule
 from tests.support.operators import Pool, double, int32, make_tokens, poison, rms_ratio
 
 RULES = list(FAMILIES.values())
@@ -39,8 +39,23 @@ def test_ragged_sequences(backend: str, rng: Generator, rule, heads) -> None:
         assert rms_ratio(pool.state(b), final) < 1e-5
 
 
-def test_splitting_a_prompt_at_chunk_borders_changes_no_bit(backend: str, rng: Generator) -> None:
-    rule, length = GATED_DELTANET, 5 * CHUNK + 7
+@pytest.mark.parametrize("rule", [r for r in RULES if r.decay is not Decay.NONE], ids=lambda r: r.name)
+def test_decays_of_any_strength(backend: str, rng: Generator, rule: UpdateRule) -> None:
+    """Neighbouring tokens and channels that keep all, lose a little, or lose everything, over two chunks and a half."""
+    x = make_tokens(rng, rule, 160, *HEADS[0], 32, 48)
+    assert x.g is not None
+    strengths = torch.tensor([0.0, -1e-6, -0.1, -3.0, -60.0, -1e4])
+    x = x._replace(g=strengths[torch.randint(len(strengths), x.g.shape, generator=rng)])
+    pool = Pool(rule, 1, *HEADS[0], 32, 48, 1, 16, rng)
+    expected, final = recurrence(rule, double(x), pool.state(0))
+    out = chunked_prefill(rule, x, pool.states, pool.slots, int32([0, 160]), torch.zeros(1, dtype=torch.uint8))
+    assert rms_ratio(out, expected) < 1e-5
+    assert rms_ratio(pool.state(0), final) < 1e-5
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_splitting_a_prompt_at_chunk_borders_changes_no_bit(backend: str, rng: Generator, rule: UpdateRule) -> None:
+    length = 5 * CHUNK + 7
     x = make_tokens(rng, rule, length, 2, 4, 64, 64)
     slot = int32([0])
 
@@ -61,23 +76,3 @@ def test_splitting_a_prompt_at_chunk_borders_changes_no_bit(backend: str, rng: G
         out, state = prefill(split)
         assert torch.equal(out, whole)
         assert torch.equal(state, final)
-
-
-def test_against_transformers(backend: str, rng: Generator) -> None:
-    """Third-party oracle: transformers' chunked and recurrent gated delta rules."""
-    from transformers.models.qwen3_next.modeling_qwen3_next import (
-        torch_chunk_gated_delta_rule,
-        torch_recurrent_gated_delta_rule,
-    )
-
-    length, hk, hv, dim = 100, 2, 4, 64
-    x = make_tokens(rng, GATED_DELTANET, length, hk, hv, dim, dim)
-    states = StatePool.allocate(1, hv, dim, dim)
-    fresh = torch.ones(1, dtype=torch.uint8)
-    out = chunked_prefill(GATED_DELTANET, x, states, int32([0]), int32([0, length]), fresh)
-    batched = [t.unsqueeze(0) for t in x[:5]]
-    batched[0] = batched[0] * dim**0.5  # transformers applies the scale itself
-    for theirs in (torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule):
-        expected, final = theirs(*batched, output_final_state=True)
-        assert rms_ratio(out, expected[0]) < 1e-5
-        assert rms_ratio(states.data[0], final[0]) < 1e-5

@@ -13,7 +13,8 @@ was stored is as exact as the recurrence. A request without a state (slot -1) li
 "KV only", §3.4.
 
 One contract for every family and backend; :mod:`kvbuffer.ops.dispatch` chooses the backend. A request's results do not
-depend on the other requests of a call. Arguments are trusted, as in any kernel: shapes and indices are the caller's.
+depend on the other requests of a call. Arguments of a wrong shape, dtype or layout raise ValueError or TypeError; the
+values of slots, pages, fills and borders are trusted, as in any kernel.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from torch import Tensor
 
 from kvbuffer.ops.dispatch import backend_for
 from kvbuffer.ops.layout import RecordPages, StatePool, Tokens
+from kvbuffer.ops.library import custom_operator
 from kvbuffer.ops.rule import UpdateRule
+from kvbuffer.ops.validation import check_length, check_operands, check_page_table, check_vectors
 
 
+@custom_operator(writes=("states", "records"))
 def buffered_decode(
     rule: UpdateRule,
     tokens: Tokens,
@@ -52,10 +56,15 @@ def buffered_decode(
     Returns:
         [B, HV, V] float32.
     """
+    check_operands(rule, states, tokens, records)
+    requests, device = tokens.v.shape[0], states.data.device
+    check_vectors(requests, device, slots=slots, fill=fill, fold=fold)
+    check_page_table(page_table, requests, device)
     backend = backend_for(rule, tokens, states, records)
     return backend.buffered_decode(rule, tokens, states, slots, records, page_table, fill, fold)
 
 
+@custom_operator(writes=("records",))
 def buffered_verify(
     rule: UpdateRule,
     tokens: Tokens,
@@ -87,10 +96,18 @@ def buffered_verify(
     Returns:
         [N, HV, V] float32: what each token would see if the tokens on its path had been decoded one by one.
     """
+    check_operands(rule, states, tokens, records)
+    requests, device = check_length("slots", slots), states.data.device
+    check_vectors(requests, device, slots=slots, fill=fill)
+    check_vectors(requests + 1, device, cu_seqlens=cu_seqlens)
+    check_page_table(page_table, requests, device)
+    if parents is not None:
+        check_vectors(tokens.v.shape[0], device, parents=parents)
     backend = backend_for(rule, tokens, states, records)
     return backend.buffered_verify(rule, tokens, states, slots, records, page_table, fill, cu_seqlens, parents)
 
 
+@custom_operator(writes=("states",))
 def fold_records(
     rule: UpdateRule,
     states: StatePool,
@@ -116,10 +133,15 @@ def fold_records(
             for ``slots``.
     """
     target_slots = slots if target_slots is None else target_slots
+    check_operands(rule, states, records=records)
+    requests, device = check_length("slots", slots), states.data.device
+    check_vectors(requests, device, slots=slots, count=count, target_slots=target_slots)
+    check_page_table(page_table, requests, device)
     backend = backend_for(rule, None, states, records)
     backend.fold_records(rule, states, slots, records, page_table, count, target_slots)
 
 
+@custom_operator(writes=("records",))
 def compact_records(
     records: RecordPages, page_table: Tensor, fill: Tensor, accepted: Tensor, cu_accepted: Tensor
 ) -> None:
@@ -132,17 +154,23 @@ def compact_records(
         accepted: [A] int32, the accepted tokens, counted among their request's own, ascending.
         cu_accepted: [B + 1] int32 borders of the requests in ``accepted``.
     """
-    lengths = cu_accepted.diff().long()
-    request = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    start = fill[request].long()
-    source = start + accepted.long()
-    target = start + torch.arange(len(accepted), device=lengths.device) - cu_accepted[request].long()
+    requests, count, device = check_length("fill", fill), check_length("accepted", accepted), records.keys.device
+    check_vectors(requests, device, fill=fill)
+    check_vectors(requests + 1, device, cu_accepted=cu_accepted)
+    check_vectors(count, device, accepted=accepted)
+    check_page_table(page_table, requests, device)
+    index = torch.arange(count, dtype=torch.int32, device=device)
+    # The request whose borders enclose each index. Unlike repeat_interleave, this needs no look at lengths on a GPU.
+    request = torch.searchsorted(cu_accepted, index, right=True) - 1
+    source = fill[request] + accepted
+    target = fill[request] + index - cu_accepted[request]
     size = records.page_size
     from_page, to_page = (page_table[request, place // size].long() for place in (source, target))
     for pool in records:
         pool[to_page, :, target % size] = pool[from_page, :, source % size]
 
 
+@custom_operator(writes=("states",))
 def recurrent_decode(rule: UpdateRule, tokens: Tokens, states: StatePool, slots: Tensor) -> Tensor:
     """Decode one token per request by reading and rewriting its state: what other systems do, the baseline.
 
@@ -155,4 +183,6 @@ def recurrent_decode(rule: UpdateRule, tokens: Tokens, states: StatePool, slots:
     Returns:
         [B, HV, V] float32.
     """
+    check_operands(rule, states, tokens)
+    check_vectors(tokens.v.shape[0], states.data.device, slots=slots)
     return backend_for(rule, tokens, states).recurrent_decode(rule, tokens, states, slots)

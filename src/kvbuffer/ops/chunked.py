@@ -6,12 +6,15 @@ from torch import Tensor
 
 from kvbuffer.ops.dispatch import backend_for
 from kvbuffer.ops.layout import StatePool, Tokens
+from kvbuffer.ops.library import custom_operator
 from kvbuffer.ops.rule import UpdateRule
+from kvbuffer.ops.validation import check_length, check_operands, check_vectors
 
 #: Prompts may be split between calls at multiples of this many tokens without changing a bit of the result.
 CHUNK = 64
 
 
+@custom_operator(writes=("states",))
 def chunked_prefill(
     rule: UpdateRule, tokens: Tokens, states: StatePool, slots: Tensor, cu_seqlens: Tensor, fresh: Tensor
 ) -> Tensor:
@@ -30,4 +33,8 @@ def chunked_prefill(
     Returns:
         [N, HV, V] float32.
     """
+    check_operands(rule, states, tokens)
+    requests, device = check_length("slots", slots), states.data.device
+    check_vectors(requests, device, slots=slots, fresh=fresh)
+    check_vectors(requests + 1, device, cu_seqlens=cu_seqlens)
     return backend_for(rule, tokens, states).chunked_prefill(rule, tokens, states, slots, cu_seqlens, fresh)

@@ -1,7 +1,7 @@
-"""Which backend runs: compiled CPU kernels, or portable PyTorch.
+"""Which backend runs: compiled CPU kernels, Triton kernels, or portable PyTorch.
 
-The choice can explain itself: ``kvbuffer info`` prints :func:`explain`, and the first fall-back of each kind is logged
-once.
+The choice can explain itself: ``kvbuffer info`` prints :func:`explain` and :func:`explain_operators`, and each kind of
+fall-back is logged once.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ import ctypes
 import logging
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from kvbuffer.ops import portable
 from kvbuffer.ops.cpu.build import library
 from kvbuffer.ops.layout import RecordPages, StatePool, Tokens
-from kvbuffer.ops.rule import UpdateRule
+from kvbuffer.ops.rule import FAMILIES, UpdateRule
 
 logger = logging.getLogger(__name__)
 
 #: Codes by which the C interface names an element type.
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
 
-# Modules that are a Backend, asked in this order; ops/portable takes what they do not.
-_BACKENDS = ("kvbuffer.ops.cpu.backend",)
+# Modules that are a Backend, by device, asked in this order; ops/portable takes what they do not.
+_BACKENDS = {"cpu": ("kvbuffer.ops.cpu.backend",), "cuda": ("kvbuffer.ops.triton.backend",)}
 
 
 class Call(NamedTuple):
@@ -119,15 +121,22 @@ def backend_for(
     _, _, key_dim, value_dim = states.data.shape
     record_dtype = None if records is None else records.keys.dtype
     call = Call(states.data.device.type, rule, key_dim, value_dim, states.data.dtype, record_dtype)
-    reasons = []
-    for name in _BACKENDS:
-        backend = cast(Backend, import_module(name))
-        ok, reason = backend.supports(call)
+    backend, reason = _choose(call)
+    if backend is portable:
+        _log_fallback(call, reason)
+    return cast(Operators, backend)
+
+
+def _choose(call: Call) -> tuple[ModuleType, str]:
+    """Return the first backend that covers a call, and why those before it do not."""
+    reasons: list[str] = []
+    for name in _BACKENDS.get(call.device, ()):
+        backend = import_module(name)
+        ok, reason = cast(Backend, backend).supports(call)
         if ok:
-            return backend
+            return backend, "; ".join(reasons)
         reasons.append(reason)
-    _log_fallback(call, "; ".join(reasons))
-    return cast(Operators, import_module("kvbuffer.ops.portable"))
+    return portable, "; ".join(reasons) or f"no kernels for {call.device}"
 
 
 @cache
@@ -145,6 +154,45 @@ def cpu_kernels() -> ctypes.CDLL | None:
 
 
 def explain() -> str:
-    """Return one line that says which backend runs and why."""
+    """Return one line that says whether the CPU kernels run, and if not, why."""
     lib, detail = library()
     return f"cpu kernels: {detail}" if lib is not None else f"portable PyTorch: {detail}"
+
+
+# Short names of the operators, and whether they take records.
+_FORMS = {
+    "recurrent_decode": ("recurrent", False),
+    "chunked_prefill": ("prefill", False),
+    "buffered_decode": ("decode", True),
+    "buffered_verify": ("verify", True),
+    "fold_records": ("fold", True),
+}
+
+
+def explain_operators() -> str:
+    """Return a table per device that says which backend runs each family in each form, and why where it is portable."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return "\n".join(line for device in devices for line in _table(device))
+
+
+def _table(device: str) -> list[str]:
+    forms = "".join(f"{form:11s}" for form, _ in _FORMS.values())
+    lines = [f"{f'operators on {device}':20s}{forms}(heads of 128 x 128, float32 states and records)"]
+    for rule in FAMILIES.values():
+        names, reasons = zip(*(_backend_of(device, rule, operator) for operator in _FORMS), strict=True)
+        row = "".join(f"{name:11s}" for name in names)
+        lines.append(f"  {rule.name:17s} {row}{'; '.join(dict.fromkeys(filter(None, reasons)))}".rstrip())
+    return lines
+
+
+def _backend_of(device: str, rule: UpdateRule, operator: str) -> tuple[str, str]:
+    """Return the name of the backend that runs an operator, and the reason if that is the portable one."""
+    with_records = _FORMS[operator][1]
+    backend, reason = _choose(Call(device, rule, 128, 128, torch.float32, torch.float32 if with_records else None))
+    if backend is portable:
+        return "portable", reason
+    name = backend.__name__.split(".")[-2]
+    # A backend may hand single operators on.
+    if getattr(backend, operator) is getattr(portable, operator):
+        return "portable", f"no {name} kernel for {_FORMS[operator][0]}"
+    return name, ""

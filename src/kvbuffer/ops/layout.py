@@ -15,7 +15,7 @@ from kvbuffer.ops.rule import Decay, UpdateRule
 
 
 class Tokens(NamedTuple):
-    """Inputs of N tokens, all float32; rows of q, k and v may be strided, the rest is contiguous.
+    """Inputs of N tokens, all float32; rows of q, k, v and g may be strided or expanded, the rest is contiguous.
 
     Attributes:
         q: [N, HK, K] queries with the softmax scale folded in.

@@ -61,8 +61,8 @@ def weight_scale(weight: torch.Tensor, compute: Compute) -> float:
 class Linear:
     """``y = x Wᵀ + b`` with the weight packed once into the layout that the CPU kernel streams.
 
-    Inputs and outputs are float32 whatever the weight's dtype. With the compiled kernels a row's result has the same bits
-    whatever the other rows, their number and the number of threads. The portable form is
+    Inputs and outputs are float32 whatever the weight's dtype. With the compiled kernels a row's result has the same
+    bits whatever the other rows, their number and the number of threads. The portable form is
     :func:`torch.nn.functional.linear` in the weight's dtype, whose bits may depend on the number of rows.
 
     Args:

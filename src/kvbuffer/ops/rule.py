@@ -58,7 +58,7 @@ class UpdateRule:
 
 
 LINEAR_ATTENTION = UpdateRule("linear_attention", Decay.NONE, Correction.NONE)
-#: RetNet and Lightning attention: the decay is a constant per head, which an expanded ``g`` gives without copying.
+#: RetNet and Lightning attention: the decay is a constant per head; an expanded ``g`` needs no copy per token.
 RETNET = UpdateRule("retnet", Decay.SCALAR, Correction.NONE)
 MAMBA2 = UpdateRule("mamba2", Decay.SCALAR, Correction.NONE)
 GLA = UpdateRule("gla", Decay.VECTOR, Correction.NONE)

@@ -169,7 +169,7 @@ static inline void prefetch_block(const Element* w, size_t count) {
 
 // c[r][panel] (+)= x tile * w panel over `blocks` K blocks; `first` starts the sums instead of continuing them.
 template <class C, int R>
-struct Tile {
+struct RowTile {
   static void multiply(const typename C::Row* x, const typename C::Element* w, int64_t blocks, bool first, float* c) {
     Vec acc[R][kPanelVecs];
 #pragma GCC unroll 16
@@ -207,7 +207,7 @@ static inline Vec pair_sums(VecHalf x) {
 }
 
 template <int R>
-struct Tile<Half, R> {
+struct RowTile<Half, R> {
   static void multiply(const half* x, const half* w, int64_t blocks, bool first, float* c) {
     for (int64_t block = 0; block < blocks; ++block) {
       VecHalf acc[R][kPanelVecs] = {};
@@ -251,7 +251,7 @@ using TileFunction = void (*)(const typename C::Row*, const typename C::Element*
 
 template <class C, size_t... I>
 static constexpr std::array<TileFunction<C>, sizeof...(I)> tile_functions(std::index_sequence<I...>) {
-  return {&Tile<C, static_cast<int>(I) + 1>::multiply...};
+  return {&RowTile<C, static_cast<int>(I) + 1>::multiply...};
 }
 
 template <class C>
@@ -374,9 +374,9 @@ static inline void advise_huge_pages(void* data, int64_t bytes) {
 }
 
 // Memory of one thread that grows as needed and is kept between calls; contents are undefined after `get`.
-class Scratch {
+class Workspace {
  public:
-  ~Scratch() { std::free(data_); }
+  ~Workspace() { std::free(data_); }
   template <class T>
   T* get(int64_t count) {
     size_t bytes = ceil_div(count * sizeof(T), 64) * 64;

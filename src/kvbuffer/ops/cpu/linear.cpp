@@ -33,7 +33,7 @@ static void linear(const float* x, int64_t x_stride, const typename C::Element* 
   const int64_t units = row_blocks * panels;
 #pragma omp parallel if (m * width * panels * kPanel >= kSerialWork)
   {
-    static thread_local Scratch row_scratch, sum_scratch;
+    static thread_local Workspace row_space, sum_space;
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     const int64_t last = units * (thread + 1) / threads;
     int64_t packed_block = -1;
@@ -44,8 +44,8 @@ static void linear(const float* x, int64_t x_stride, const typename C::Element* 
       const int64_t slice = std::min(width, slice_blocks * C::kBlock);
       const int64_t group = slice == width ? 1 : std::min({kGroupPanels, panels - panel, last - unit});
       const Tiles tiles(rows);
-      Row* row = row_scratch.get<Row>(rows * packed_width<C>(slice));
-      float* sums = sum_scratch.get<float>(group * rows * kPanel);
+      Row* row = row_space.get<Row>(rows * packed_width<C>(slice));
+      float* sums = sum_space.get<float>(group * rows * kPanel);
       for (int64_t begin = 0; begin < width; begin += slice) {
         const int64_t depth = std::min(slice, width - begin);
         if (depth < width || packed_block != row_block)

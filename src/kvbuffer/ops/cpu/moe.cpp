@@ -76,16 +76,16 @@ static void moe_mlp(const float* x, int64_t x_stride, const int32_t* ids, const 
   std::vector<int64_t> order;
   std::vector<Group> groups;
   group_slots(ids, m * topk, experts, order, groups);
-  static thread_local Scratch hidden_scratch, packed_scratch;
+  static thread_local Workspace hidden_space, packed_space;
   const int64_t width_h = packed_width<C>(shape.depth_h), width_i = packed_width<C>(shape.depth_i);
-  float* hidden = hidden_scratch.get<float>(order.size() * shape.i);
-  Row* packed_hidden = packed_scratch.get<Row>(order.size() * width_i);
+  float* hidden = hidden_space.get<float>(order.size() * shape.i);
+  Row* packed_hidden = packed_space.get<Row>(order.size() * width_i);
   const int64_t chunks = ceil_div(shape.pairs(), kPairsPerTask), tasks = groups.size() * chunks;
 #pragma omp parallel
   {
-    static thread_local Scratch row_scratch, sum_scratch;
-    float* sums = sum_scratch.get<float>(std::max(2 * kGroupRows, kGroupRows + m) * kPanel);
-    Row* rows = row_scratch.get<Row>(kGroupRows * width_h);
+    static thread_local Workspace row_space, sum_space;
+    float* sums = sum_space.get<float>(std::max(2 * kGroupRows, kGroupRows + m) * kPanel);
+    Row* rows = row_space.get<Row>(kGroupRows * width_h);
     int64_t packed_group = -1;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {

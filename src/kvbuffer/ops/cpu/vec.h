@@ -1,9 +1,12 @@
 // Fixed-width float vectors on the compiler's vector extensions: one source for AVX-512, AVX2, NEON and plain C++.
 // Kernels are written against Vec (kLanes float32 lanes); bfloat16 is storage only and widened on load.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <cmath>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__clang__)
 #define KVB_SINGLE_COPY __attribute__((noinline))
@@ -25,8 +28,12 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef int16_t VecS __attribute__((vector_size(kLanes * 2)));
+typedef int8_t VecB __attribute__((vector_size(kLanes)));
 
-struct bf16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
 
 static inline float to_float(float x) { return x; }
 static inline float to_float(bf16 x) {
@@ -45,7 +52,6 @@ static inline void from_float(float f, bf16* out) {
   out->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded);
 }
 
-// Subtracting zero changes no value, so it compiles to a bare broadcast; adding zero would turn -0 into +0.
 // While one of these lives, its thread treats denormal numbers as zero. Decays drive states and records through the
 // denormal range, where some CPUs compute a hundred times slower; nothing that small reaches an output.
 class FlushDenormals {
@@ -70,16 +76,47 @@ class FlushDenormals {
 #endif
 };
 
+// Subtracting zero changes no value, so it compiles to a bare broadcast; adding zero would turn -0 into +0.
 static inline Vec splat(float x) { return x - Vec{}; }
 
-static inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof(v)); return v; }
+static inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// Integers widened on load: one instruction, which GCC does not find for __builtin_convertvector. (The masked forms,
+// with all lanes taken, spare a false warning of GCC 12.)
+#if defined(__AVX512F__)
+static inline VecU widen(VecH x) { return (VecU)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x); }
+static inline VecI widen(VecB x) { return (VecI)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)x); }
+#elif defined(__AVX2__)
+static inline VecU widen(VecH x) { return (VecU)_mm256_cvtepu16_epi32((__m128i)x); }
+static inline VecI widen(VecB x) { return (VecI)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)x)); }
+#else
+static inline VecU widen(VecH x) { return __builtin_convertvector(x, VecU); }
+static inline VecI widen(VecB x) { return __builtin_convertvector(__builtin_convertvector(x, VecS), VecI); }
+#endif
+
 static inline Vec load(const bf16* p) {
   VecH h;
   std::memcpy(&h, p, sizeof(h));
-  VecU u = __builtin_convertvector(h, VecU) << 16;
-  return (Vec)u;  // same size: the bits are kept
+  return (Vec)(widen(h) << 16);  // same size: the bits are kept
+}
+static inline Vec load(const int8_t* p) {
+  VecB b;
+  std::memcpy(&b, p, sizeof(b));
+  return __builtin_convertvector(widen(b), Vec);
 }
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+// Round to nearest even. The one instruction, where there is one, stores denormal numbers as zero.
+#if defined(__AVX512BF16__)
+static inline void store(bf16* p, Vec v) {
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &h, sizeof(h));
+}
+#else
 static inline void store(bf16* p, Vec v) {
   VecU u = (VecU)v;
   VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -88,11 +125,13 @@ static inline void store(bf16* p, Vec v) {
   VecH h = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), VecH);
   std::memcpy(p, &h, sizeof(h));
 }
+#endif
 
 // Lanes summed pairwise, always in the same order.
 static inline float hsum(Vec v) {
   float lane[kLanes];
   store(lane, v);
+#pragma GCC unroll 4
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];

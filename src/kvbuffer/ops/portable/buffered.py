@@ -16,6 +16,10 @@ from kvbuffer.ops.rule import Correction, UpdateRule
 
 _INT8_MAX = 127.0
 
+# Smaller factors count as 0: exponentials and products that underflow are a hundred times slower.
+_SMALLEST_LOG = -80.0
+_SMALLEST = 2e-35
+
 
 class _Records(NamedTuple):
     """One request's records in order: keys [n, R, HV, K], values [n, R, HV, V], log-decays [n, HV, D]."""
@@ -23,6 +27,11 @@ class _Records(NamedTuple):
     keys: Tensor
     values: Tensor
     decays: Tensor
+
+
+def decay_factor(log_decay: Tensor) -> Tensor:
+    """Return what a sum of log-decays leaves, in float32: float64 was for the digits of the sum."""
+    return torch.threshold(log_decay.float().clamp(_SMALLEST_LOG, 0).exp(), _SMALLEST, 0.0)
 
 
 def load_state(states: StatePool, slot: int) -> Tensor:
@@ -111,8 +120,8 @@ def fold_records(
     for b, slot in enumerate(slots.tolist()):
         part = _gather(rule, records, page_table[b], int(count[b]), heads)
         after_each, total = _decays_to_end(part.decays)
-        weights = after_each.exp().float().unsqueeze(1)
-        state = total.exp().float().unsqueeze(-1) * load_state(states, slot)
+        weights = decay_factor(after_each).unsqueeze(1)
+        state = decay_factor(total).unsqueeze(-1) * load_state(states, slot)
         folded.append(state + torch.einsum("nrhk,nrhv->hkv", part.keys * weights, part.values))
     for state, slot, source, n in zip(folded, target_slots.tolist(), slots.tolist(), count.tolist(), strict=True):
         if n or slot != source:
@@ -145,16 +154,16 @@ def _extend(
 
     def from_before(x: Tensor, decay: Tensor) -> Tensor:
         """What state and records answer to x [m, HV, K], decayed by exp(decay) [m, HV, D] since the buffer's end."""
-        scaled = x * (through_buffer + decay).exp().float()
+        scaled = x * decay_factor(through_buffer + decay)
         answer = torch.einsum("hkv,mhk->mhv", state, scaled)
-        ratios = (to_buffer_end.unsqueeze(0) + decay.unsqueeze(1)).exp().float()  # [m, n, HV, D]
+        ratios = decay_factor(to_buffer_end.unsqueeze(0) + decay.unsqueeze(1))  # [m, n, HV, D]
         scores = torch.einsum("mnhk,nrhk->mnrh", x.unsqueeze(1) * ratios, before.keys)
         return answer + torch.einsum("mnrh,nrhv->mhv", scores, before.values)
 
     def scores_among(x: Tensor, decay: Tensor) -> Tensor:
         """x . key of the tokens before each other: [t, j, R, HV], zero unless j is a true ancestor of t."""
         strict = (ancestors & ~torch.eye(m, dtype=torch.bool))[..., None, None]
-        ratios = (decay.unsqueeze(1) - path.unsqueeze(0)).masked_fill(~strict, -torch.inf).exp().float()
+        ratios = decay_factor((decay.unsqueeze(1) - path.unsqueeze(0)).masked_fill(~strict, -torch.inf))
         return torch.einsum("tjhk,jrhk->tjrh", x.unsqueeze(1) * ratios, stored_keys)
 
     values = torch.zeros(m, rule.num_pairs, heads, tokens.v.shape[2])

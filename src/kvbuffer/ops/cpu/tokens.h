@@ -1,0 +1,94 @@
+// What one value head does with one token: the vectors that it reads state and records with, then, once they have
+// answered, what it writes and its output. See kvbuffer/ops/rule.py for the families' formulas.
+#pragma once
+#include "records.h"
+
+namespace kvb {
+
+// Calls f with the number of vectors that a token reads with, as a constant: its query and, if the family corrects what
+// is written by what the state holds, the vector that this is read with.
+template <class F>
+inline void with_reads(const Tokens& tokens, F&& f) {
+  if (tokens.beta || tokens.removal_read)
+    f(std::integral_constant<int, 2>());
+  else
+    f(std::integral_constant<int, 1>());
+}
+
+// decay[r] = exp(g[r]): [padded(K)] for every kind of decay.
+static inline void token_decay(const Tokens::Head& token, const Shape& shape, float* decay) {
+  if (token.g && shape.decay_width > 1)
+    for_vectors(token.g, shape.K, [&](int64_t r, Vec g) { store(decay + r, vexp(g)); });
+  else
+    std::fill_n(decay, padded(shape.K), token.g ? vexp(splat(*token.g))[0] : 1.f);
+}
+
+// The vectors that a token reads with, as they meet what was there before it: decayed by the token's own decay. The
+// query comes last. Each is [padded(K)], filled up with zeros.
+template <int NX>
+inline void token_reads(const Tokens::Head& token, const Shape& shape, const float* decay, float* const (&x)[NX]) {
+  const auto decayed = [&](const float* from, float* to) {
+    for_vectors(from, shape.K, [&](int64_t r, Vec e) { store(to + r, load(decay + r) * e); });
+  };
+  decayed(token.q, x[NX - 1]);
+  if constexpr (NX == 2) {
+    if (token.beta)
+      decayed(token.k, x[0]);
+    else  // a removal reads the state before the token's decay
+      for_vectors(token.removal_read, shape.K, [&](int64_t r, Vec e) { store(x[0] + r, e); });
+  }
+}
+
+// The token's written values u [pairs, V] and its output [V], given the answers [V] to what it read with.
+template <int NX>
+inline void token_write(const Tokens::Head& token, const Shape& shape, const float* const (&answers)[NX], float* u,
+                        float* out) {
+  const float kq = dot(token.k, token.q, shape.K);
+  if (token.removal_write) {
+    const float wq = dot(token.removal_write, token.q, shape.K);
+    for (int64_t c = 0; c < shape.V; c += kLanes) {
+      const Vec removed = -load(answers[0] + c), v = load(token.v + c);
+      store(u + c, removed);
+      store(u + shape.V + c, v);
+      store(out + c, load(answers[NX - 1] + c) + wq * removed + kq * v);
+    }
+  } else {
+    for (int64_t c = 0; c < shape.V; c += kLanes) {
+      Vec v = load(token.v + c);
+      if (token.beta) v = *token.beta * (v - load(answers[0] + c));
+      store(u + c, v);
+      store(out + c, load(answers[NX - 1] + c) + kq * v);
+    }
+  }
+}
+
+// f(pair, key [K]) for the keys that u is written to.
+template <class F>
+inline void for_token_keys(const Tokens::Head& token, F&& f) {
+  int64_t pair = 0;
+  if (token.removal_write) f(pair++, token.removal_write);
+  f(pair, token.k);
+}
+
+// Writes the token's keys as record i, rounded.
+template <class E>
+inline void append_keys(const Records<E>& records, int64_t i, const Tokens::Head& token) {
+  const int64_t K = records.shape.K;
+  for_token_keys(token, [&](int64_t pair, const float* key) {
+    for (int64_t r = 0; r < K; ++r) from_float(key[r], records.keys(i) + pair * K + r);
+  });
+}
+
+// Writes the token's u [pairs, V] and decays as record i, rounded.
+template <class E>
+inline void append_values(const Records<E>& records, int64_t i, const Tokens::Head& token, const float* u) {
+  const Shape& shape = records.shape;
+  E* values = records.values(i);
+  for (int64_t c = 0; c < shape.pairs * shape.V; c += kLanes) store(values + c, load(u + c));
+  if (token.g)
+    std::copy_n(token.g, shape.decay_width, records.decays(i));
+  else
+    *records.decays(i) = 0.f;
+}
+
+}  // namespace kvb

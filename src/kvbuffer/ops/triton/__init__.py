@@ -1,0 +1,1 @@
+"""The linear-attention operators as Triton kernels, for GPUs."""
