@@ -118,7 +118,7 @@ void walk_paths(const Verify& v, const Block& block, VerifyScratch& scratch) {
       if (block.g) path += block.g[j * v.tokens.g_stride];
     }
     for (int64_t r = 0; r < t * pairs; r += kLanes) {
-      const Vec sum = load(left + r), factor = sum == kNoAncestor ? Vec{} : vexp(sum);
+      const Vec sum = load(left + r), factor = vexp(sum);
       for (int64_t i = t * NX; i < (t + 1) * NX; ++i) {
         float* scores = block.among.at(i, r);
         store(scores, sum == kNoAncestor ? Vec{} : factor * load(scores));

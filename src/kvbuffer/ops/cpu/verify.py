@@ -36,8 +36,8 @@ def buffered_verify(
     """See :func:`kvbuffer.ops.buffered.buffered_verify`."""
     out = torch.empty(tokens.v.shape)
     kernel("kvb_buffered_verify", SHAPE, TOKENS, STATES, RECORDS, *[c_void_p] * 5, c_int64)(
-        shape_of(rule, states, tokens.k.shape[1]), tokens_of(tokens), states_of(states), records_of(records, page_table),
-        slots.data_ptr(), fill.data_ptr(), cu_seqlens.data_ptr(), None if parents is None else parents.data_ptr(),
-        out.data_ptr(), len(slots),
+        shape_of(rule, states, tokens.k.shape[1]), tokens_of(tokens), states_of(states),
+        records_of(records, page_table), slots.data_ptr(), fill.data_ptr(), cu_seqlens.data_ptr(),
+        None if parents is None else parents.data_ptr(), out.data_ptr(), len(slots),
     )  # fmt: skip
     return out
