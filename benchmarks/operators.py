@@ -103,7 +103,7 @@ def profile(clock: Clock, kind: str, concurrency: int, limits: dict) -> list[dic
         clock: the installed clock.
         kind: dense or moe.
         concurrency: requests that decode together.
-        limits: read_bandwidth, fp32_peak and bf16_peak of this machine, as machine.measure_limits gives them.
+        limits: read_bandwidth and peaks of this machine, as machine.measure_limits gives them.
     """
     options = {"dtype": "bfloat16", "max_model_len": MAX_MODEL_LEN, "show_progress": False}
     llm = LLM(str(checkpoint(kind)), max_num_seqs=concurrency, **options)
@@ -130,7 +130,7 @@ def profile(clock: Clock, kind: str, concurrency: int, limits: dict) -> list[dic
 
 
 def _rows(cycles: list[tuple[dict, dict]], steps: int, limits: dict) -> list[dict]:
-    flops_per_s = max(limits["fp32_peak"], limits["bf16_peak"])
+    flops_per_s = max(limits[f"{name}_peak"] for name in ("fp32", "bf16", "fp16"))
     rows = []
     for label in cycles[0][0]:
         seconds = median(times[label] / steps for times, _ in cycles)

@@ -32,18 +32,19 @@ def describe() -> dict[str, Any]:
 
 
 def measure_limits(read_bytes: int = 2**30) -> dict[str, float]:
-    """Return read bandwidth of memory (bytes/s), fp32 and bf16 peak (flop/s): best of a few passes."""
+    """Return read bandwidth of memory (bytes/s), and PyTorch's fp32, bf16 and fp16 peaks (flop/s): best of a few passes."""
     import torch
 
     bandwidth = read_bytes / _best_time(torch.ones(read_bytes // 4).sum, 6)
     peaks = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         a, b = torch.randn(2, 2048, 2048).to(dtype)
         peaks[dtype] = 2 * 2048**3 / _best_time(lambda a=a, b=b: a @ b, 4)  # type: ignore[misc]
     return {
         "read_bandwidth": bandwidth,
         "fp32_peak": peaks[torch.float32],
         "bf16_peak": peaks[torch.bfloat16],
+        "fp16_peak": peaks[torch.float16],
     }
 
 

@@ -38,7 +38,7 @@ constexpr int kMaxRows = 6;
 
 // Weights are fetched this far ahead into the L2 cache: more than the latency of memory times one core's share of its
 // bandwidth. Past the end of a panel lies the next one.
-constexpr uintptr_t kPrefetchBytes = 8192;
+constexpr uintptr_t kPrefetchBytes = 16384;
 // A slice of a panel that stays in the L1 cache while all tiles of rows pass over it.
 constexpr int64_t kSliceBytes = 32 * 1024;
 
