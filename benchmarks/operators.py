@@ -130,7 +130,7 @@ def profile(clock: Clock, kind: str, concurrency: int, limits: dict) -> list[dic
 
 
 def _rows(cycles: list[tuple[dict, dict]], steps: int, limits: dict) -> list[dict]:
-    flops_per_s = max(limits[f"{name}_peak"] for name in ("fp32", "bf16", "fp16"))
+    flops_per_s = max(limits[name] for name in limits if name.endswith("_peak"))
     rows = []
     for label in cycles[0][0]:
         seconds = median(times[label] / steps for times, _ in cycles)

@@ -32,19 +32,28 @@ def describe() -> dict[str, Any]:
 
 
 def measure_limits(read_bytes: int = 2**30) -> dict[str, float]:
-    """Return read bandwidth of memory (bytes/s), and PyTorch's fp32, bf16 and fp16 peaks (flop/s): best of a few passes."""
+    """Return read bandwidth of memory (bytes/s) and arithmetic peaks (flop/s): best of a few passes.
+
+    The peaks are those of PyTorch's matrix product in float32 and bfloat16, and of our own dense layer on bfloat16
+    weights, which may compute in float16.
+    """
     import torch
 
-    bandwidth = read_bytes / _best_time(torch.ones(read_bytes // 4).sum, 6)
-    peaks = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        a, b = torch.randn(2, 2048, 2048).to(dtype)
-        peaks[dtype] = 2 * 2048**3 / _best_time(lambda a=a, b=b: a @ b, 4)  # type: ignore[misc]
+    from kvbuffer.ops.linear import Linear
+
+    size = 2048
+    x, w = torch.randn(2, size, size)
+    half_x, half_w = x.bfloat16(), w.bfloat16()
+    layer = Linear(half_w)
+
+    def peak(product: Callable[[], object]) -> float:
+        return 2 * size**3 / _best_time(product, 4)
+
     return {
-        "read_bandwidth": bandwidth,
-        "fp32_peak": peaks[torch.float32],
-        "bf16_peak": peaks[torch.bfloat16],
-        "fp16_peak": peaks[torch.float16],
+        "read_bandwidth": read_bytes / _best_time(torch.ones(read_bytes // 4).sum, 6),
+        "fp32_peak": peak(lambda: x @ w),
+        "bf16_peak": peak(lambda: half_x @ half_w),
+        "dense_layer_peak": peak(lambda: layer(x)),
     }
 
 
