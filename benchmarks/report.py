@@ -57,7 +57,8 @@ def show(result: dict, console: Console) -> None:
     console.print(
         f"[bold]{result['settings']['model']}[/] on {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['read_bandwidth'] / 1e9:.0f} GB/s, {machine['fp32_peak'] / 1e9:.0f} GFLOP/s fp32, "
-        f"{machine['bf16_peak'] / 1e9:.0f} bf16, {machine['dense_layer_peak'] / 1e9:.0f} our dense layer; commit {result['commit']}"
+        f"{machine['bf16_peak'] / 1e9:.0f} bf16, {machine['dense_layer_peak'] / 1e9:.0f} our dense layer; "
+        f"commit {result['commit']}"
     )
     _table(console, "Speed, medians over rounds", *speed_rows(result))
     _table(console, f"Accuracy, {result['accuracy']['verdict']}", *accuracy_rows(result))
