@@ -53,7 +53,7 @@ def main() -> None:
             system.pause()
             result["systems"][system.name] = {
                 "version": system.version(),
-                "command": system.command(),
+                "command": [_without_home(part) for part in system.command()],
                 "environment": system.environment,
             }
         result["accuracy"] = _accuracy(args, running)
@@ -145,6 +145,12 @@ def _operators(args: argparse.Namespace, limits: dict) -> dict:
     command = [sys.executable, str(Path(__file__).with_name("operators.py")), "--json", "--model", args.model]
     command += ["--limits", json.dumps(limits), "--concurrency", *map(str, args.concurrency)]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
+def _without_home(argument: str) -> str:
+    """A path as it would read on anyone's machine."""
+    root = str(Path(__file__).resolve().parents[1])
+    return argument.replace(f"{root}/benchmarks/../", "").replace(f"{root}/", "").replace(str(Path.home()), "~")
 
 
 def make_prompts(seed: str, count: int, length: int) -> list[list[int]]:
