@@ -8,7 +8,7 @@ the same request runs alone, in a batch, in chunks, and token by token: serving 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -35,13 +35,6 @@ def seed(rng: torch.Generator) -> None:
 def kernel() -> None:
     if dispatch.cpu_kernels() is None:
         pytest.skip(dispatch.explain())
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @dataclass
@@ -214,14 +207,14 @@ def test_a_prompt_gets_the_same_bits_whole_in_chunks_and_token_by_token(
 @pytest.mark.parametrize("cases", [[(1300, 1)], [(508, 6), (1000, 3)], [(0, 300), (40, 1)], RAGGED])
 @pytest.mark.usefixtures("kernel")
 def test_threads_do_not_change_bits(
-    cases: list[tuple[int, int]], dtype: torch.dtype, set_threads: Callable[[int], None]
+    cases: list[tuple[int, int]], dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
     shape = Shape(8, 2, 64, dtype)
     requests = [make_request(shape, context, new) for context, new in cases]
-    set_threads(1)
+    threads(1)
     expected = torch.cat(run(shape, requests))
     for threads in (2, 3):
-        set_threads(threads)
+        threads(threads)
         assert torch.equal(torch.cat(run(shape, requests)), expected)
 
 

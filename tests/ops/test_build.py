@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fresh_library() -> build.CpuLibrary:
     return build.library.__wrapped__()
+
+
+def test_the_kernels_build_wherever_there_is_a_compiler() -> None:
+    """Tests of the kernels are skipped without them; this one fails instead when it is the sources that are broken."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    if os.environ.get("KVBUFFER_DISABLE_CPU_KERNELS") == "1":
+        pytest.skip("the kernels are off on purpose")
+    lib, detail = build.library()
+    assert lib is not None, detail
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """A packed dense layer computes x Wᵀ + b: close to float64, with bits that depend on nothing but the row itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,15 +20,6 @@ ROUNDING = {Compute.FLOAT32: 0.0, Compute.WIDENED: 0.0, Compute.PAIR_DOT: 2**-8,
 needs_kernels = pytest.mark.skipif(dispatch.cpu_kernels() is None, reason="no compiled kernels")
 
 
-@pytest.fixture(params=["compiled", "portable"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "portable":
-        monkeypatch.setattr(dispatch, "cpu_kernels", lambda: None)
-    elif dispatch.cpu_kernels() is None:
-        pytest.skip("no compiled kernels")
-    return str(request.param)
-
-
 @pytest.fixture(params=list(Compute), ids=lambda c: c.name)
 def compute(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Compute:
     """Every way the compiled kernels compute products."""
@@ -42,13 +33,6 @@ def compute(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def weight_dtype(compute: Compute) -> torch.dtype:
     return torch.float32 if compute is Compute.FLOAT32 else torch.bfloat16
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, k: int, rounding: float) -> None:

@@ -1,6 +1,6 @@
 """Routing picks the most probable experts; their weighted sum equals a plain loop over tokens and slots."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,26 +8,11 @@ import torch.nn.functional as F
 
 from kvbuffer.ops import dispatch, moe
 from kvbuffer.ops.moe import PackedExperts, moe_mlp, route
+from tests.support.operators import rms_ratio
 
 DTYPES = [torch.float32, torch.bfloat16]
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 needs_kernels = pytest.mark.skipif(dispatch.cpu_kernels() is None, reason="no compiled kernels")
-
-
-@pytest.fixture(params=["compiled", "portable"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "portable":
-        monkeypatch.setattr(dispatch, "cpu_kernels", lambda: None)
-    elif dispatch.cpu_kernels() is None:
-        pytest.skip("no compiled kernels")
-    return str(request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -53,11 +38,6 @@ def reference(
         hidden = F.silu(gate) * up
         out[token] += weights[token, slot].double() * (down[expert].double() @ hidden)
     return out
-
-
-def rms_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (actual.double() - expected).square().mean().sqrt()
-    return float(error / expected.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
