@@ -213,8 +213,8 @@ def test_threads_do_not_change_bits(
     requests = [make_request(shape, context, new) for context, new in cases]
     threads(1)
     expected = torch.cat(run(shape, requests))
-    for threads in (2, 3):
-        threads(threads)
+    for count in (2, 3):
+        threads(count)
         assert torch.equal(torch.cat(run(shape, requests)), expected)
 
 
