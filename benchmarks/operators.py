@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
-import machine
 from checkpoints import KINDS, checkpoint
 from kvbuffer import LLM, SamplingParams
+from kvbuffer.bench import machine
 from kvbuffer.engine import engine as engine_module
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.runner import Runner

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-import machine
 import precision_inputs
+from kvbuffer.bench import machine
 from kvbuffer.ops import dispatch
 from kvbuffer.ops.buffered import buffered_decode, fold_records, recurrent_decode
 from kvbuffer.ops.layout import RecordPages, StatePool, Tokens

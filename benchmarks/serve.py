@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import accuracy
-import machine
 import report
 from checkpoints import KINDS, VOCAB_SIZE, num_parameters
+from kvbuffer.bench import machine
 from metrics import decode_metrics, prefill_metrics, summarise
 from peers import MAX_MODEL_LEN, OURS, System, reference, systems
 

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from kvbuffer.ops import dispatch, portable
 from kvbuffer.ops.chunked import CHUNK
-from kvbuffer.ops.cpu.prefill import chunked_prefill
+from kvbuffer.ops.cpu.backend import chunked_prefill
 from kvbuffer.ops.layout import StatePool, Tokens
 from kvbuffer.ops.reference import recurrence
 from kvbuffer.ops.rule import FAMILIES, GATED_DELTANET, KDA, RETNET, RWKV7, Correction, Decay, UpdateRule

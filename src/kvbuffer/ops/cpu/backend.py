@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kvbuffer.ops import dispatch
-from kvbuffer.ops.cpu import prefill, verify
 from kvbuffer.ops.cpu.arguments import (
     RECORD_DTYPES,
     RECORDS,
@@ -24,9 +23,6 @@ from kvbuffer.ops.cpu.arguments import (
 )
 from kvbuffer.ops.layout import RecordPages, StatePool, Tokens
 from kvbuffer.ops.rule import UpdateRule
-
-chunked_prefill = prefill.chunked_prefill
-buffered_verify = verify.buffered_verify
 
 
 def supports(call: dispatch.Call) -> tuple[bool, str]:
@@ -84,5 +80,38 @@ def recurrent_decode(rule: UpdateRule, tokens: Tokens, states: StatePool, slots:
     kernel("kvb_recurrent_decode", SHAPE, TOKENS, STATES, *[c_void_p] * 2, c_int64)(
         shape_of(rule, states, tokens.k.shape[1]), tokens_of(tokens), states_of(states),
         slots.data_ptr(), out.data_ptr(), len(slots),
+    )  # fmt: skip
+    return out
+
+
+def buffered_verify(
+    rule: UpdateRule,
+    tokens: Tokens,
+    states: StatePool,
+    slots: Tensor,
+    records: RecordPages,
+    page_table: Tensor,
+    fill: Tensor,
+    cu_seqlens: Tensor,
+    parents: Tensor | None,
+) -> Tensor:
+    """See :func:`kvbuffer.ops.buffered.buffered_verify`."""
+    out = torch.empty(tokens.v.shape)
+    kernel("kvb_buffered_verify", SHAPE, TOKENS, STATES, RECORDS, *[c_void_p] * 5, c_int64)(
+        shape_of(rule, states, tokens.k.shape[1]), tokens_of(tokens), states_of(states),
+        records_of(records, page_table), slots.data_ptr(), fill.data_ptr(), cu_seqlens.data_ptr(),
+        None if parents is None else parents.data_ptr(), out.data_ptr(), len(slots),
+    )  # fmt: skip
+    return out
+
+
+def chunked_prefill(
+    rule: UpdateRule, tokens: Tokens, states: StatePool, slots: Tensor, cu_seqlens: Tensor, fresh: Tensor
+) -> Tensor:
+    """See :func:`kvbuffer.ops.chunked.chunked_prefill`."""
+    out = torch.empty(tokens.v.shape)
+    kernel("kvb_chunked_prefill", SHAPE, TOKENS, STATES, *[c_void_p] * 4, c_int64)(
+        shape_of(rule, states, tokens.k.shape[1]), tokens_of(tokens), states_of(states),
+        slots.data_ptr(), cu_seqlens.data_ptr(), fresh.data_ptr(), out.data_ptr(), len(slots),
     )  # fmt: skip
     return out
