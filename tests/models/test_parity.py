@@ -166,9 +166,11 @@ def test_bfloat16_is_no_further_from_float32_than_transformers(name: str, tmp_pa
     prompts = [torch.randint(3, VOCAB_SIZE, (n,), generator=rng).tolist() for n in [*range(1, 49)] * 5]
     exact = their_logits(path, torch.float32, prompts).log_softmax(-1)
 
-    def divergence(logits: Tensor) -> float:
-        return float((exact.exp() * (exact - logits.log_softmax(-1))).sum(-1).mean())
+    def divergences(logits: Tensor) -> Tensor:
+        return (exact.exp() * (exact - logits.log_softmax(-1))).sum(-1)
 
-    ours = divergence(next_token_logits(path, "bfloat16", prompts))
-    theirs = divergence(their_logits(path, torch.bfloat16, prompts))
-    assert ours <= theirs
+    ours = divergences(next_token_logits(path, "bfloat16", prompts))
+    theirs = divergences(their_logits(path, torch.bfloat16, prompts))
+    for system, kl in (("kvbuffer", ours), ("transformers", theirs)):
+        print(f"{name}: {system} mean {kl.mean():.4f} median {kl.median():.4f}")  # docs/models.md quotes these
+    assert ours.mean() <= theirs.mean()
