@@ -58,3 +58,22 @@ def test_a_pool_may_be_empty() -> None:
     pool = BlockPool(0, "pages")
     assert pool.take(0) == []
     pool.check_integrity()
+
+
+def test_a_shared_block_is_free_when_its_last_holder_gives_it_back() -> None:
+    pool = BlockPool(1, "pages")
+    blocks = pool.take(1)
+    pool.share(blocks)
+    assert pool.references(0) == 2
+    pool.give_back(blocks)
+    assert (pool.num_free, pool.references(0)) == (0, 1)
+    pool.give_back(blocks)
+    assert (pool.num_free, pool.references(0)) == (1, 0)
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_sharing_what_nobody_holds_is_an_error(block: int) -> None:
+    pool = BlockPool(1, "pages")
+    with pytest.raises(RuntimeError, match=f"pages {block} shared but not in use"):
+        pool.share([block])

@@ -1,4 +1,4 @@
-"""A pool of equal blocks, handed out by number."""
+"""A pool of equal blocks, handed out by number and shared by counting references."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 
 class BlockPool:
-    """Numbers 0 .. size - 1, each either free or in use. The tensors behind the numbers belong to someone else.
+    """Numbers 0 .. size - 1, each free or held by one or more holders. The memory behind them belongs to someone else.
+
+    A block that is shared is only read; whoever wants to write takes a block of their own first.
 
     Args:
         size: number of blocks.
@@ -16,7 +18,7 @@ class BlockPool:
     def __init__(self, size: int, name: str) -> None:
         self.size, self.name = size, name
         self._free = list(range(size - 1, -1, -1))
-        self._used: set[int] = set()
+        self._references = [0] * size
 
     @property
     def num_free(self) -> int:
@@ -25,11 +27,15 @@ class BlockPool:
 
     @property
     def num_used(self) -> int:
-        """Blocks in use."""
-        return len(self._used)
+        """Blocks that someone holds."""
+        return self.size - len(self._free)
+
+    def references(self, block: int) -> int:
+        """Return how many hold ``block``."""
+        return self._references[block]
 
     def take(self, count: int) -> list[int]:
-        """Take ``count`` blocks; the caller has checked :attr:`num_free`.
+        """Take ``count`` free blocks; the caller has checked :attr:`num_free`.
 
         Raises:
             RuntimeError: fewer are free, a bug in the caller.
@@ -37,26 +43,43 @@ class BlockPool:
         if count > len(self._free):
             raise RuntimeError(f"asked for {count} {self.name}, {len(self._free)} of {self.size} are free")
         taken = [self._free.pop() for _ in range(count)]
-        self._used.update(taken)
+        for block in taken:
+            self._references[block] = 1
         return taken
 
+    def share(self, blocks: Iterable[int]) -> None:
+        """Add a holder to blocks that someone holds.
+
+        Raises:
+            RuntimeError: one is free, a bug in the caller.
+        """
+        for block in blocks:
+            if not self._held(block):
+                raise RuntimeError(f"{self.name} {block} shared but not in use")
+            self._references[block] += 1
+
     def give_back(self, blocks: Iterable[int]) -> None:
-        """Free blocks.
+        """Drop one holder of each block; a block without holders is free.
 
         Raises:
             RuntimeError: one is not in use, a bug in the caller.
         """
         for block in blocks:
-            if block not in self._used:
+            if not self._held(block):
                 raise RuntimeError(f"{self.name} {block} given back but not in use")
-            self._used.remove(block)
-            self._free.append(block)
+            self._references[block] -= 1
+            if not self._references[block]:
+                self._free.append(block)
+
+    def _held(self, block: int) -> bool:
+        return 0 <= block < self.size and self._references[block] > 0
 
     def check_integrity(self) -> None:
-        """Check that every block is either free or in use, once.
+        """Check that every block is either free or held.
 
         Raises:
             RuntimeError: one is lost or counted twice.
         """
-        if sorted([*self._free, *self._used]) != list(range(self.size)):
+        free = [block for block in range(self.size) if not self._references[block]]
+        if sorted(self._free) != free or min(self._references, default=0) < 0:
             raise RuntimeError(f"{self.name}: free and used blocks do not add up to {self.size}")
