@@ -8,7 +8,7 @@ from typing import NamedTuple
 class Snapshot(NamedTuple):
     """The linear-attention layers' memory of the first ``end`` tokens of some text, held by references to blocks.
 
-    The state covers the first ``checkpoint`` tokens, records the rest. A cursor that moves back inside the records gives
+    The state covers the first ``checkpoint`` tokens, records the rest. A cursor moved back inside the records gives
     the memory of a shorter prefix, for as long as the convolution's inputs before it are still in the ring.
 
     Attributes:
