@@ -77,3 +77,42 @@ def test_sharing_what_nobody_holds_is_an_error(block: int) -> None:
     pool = BlockPool(1, "pages")
     with pytest.raises(RuntimeError, match=f"pages {block} shared but not in use"):
         pool.share([block])
+
+
+def test_blocks_that_only_the_cache_keeps_are_idle() -> None:
+    pool = BlockPool(2, "pages")
+    blocks = pool.take(2)
+    pool.keep([0, 0, 1])
+    assert (pool.num_idle, pool.references(0), pool.kept(0)) == (0, 3, 2)
+    pool.give_back(blocks)
+    assert (pool.num_idle, pool.num_free) == (2, 0)
+    pool.share([0])
+    assert (pool.num_idle, pool.is_idle(0), pool.is_idle(1)) == (1, False, True)
+    pool.drop([0, 0, 1])
+    assert (pool.num_idle, pool.num_free) == (0, 1)
+    pool.give_back([0])
+    assert pool.num_free == 2
+    pool.check_integrity()
+
+
+def test_the_caches_references_are_not_a_requests_to_give_back() -> None:
+    pool = BlockPool(1, "pages")
+    pool.keep(pool.take(1))
+    pool.give_back([0])
+    with pytest.raises(RuntimeError, match="pages 0 given back but not in use"):
+        pool.give_back([0])
+
+
+def test_dropping_or_keeping_what_is_not_there_is_an_error() -> None:
+    pool = BlockPool(2, "pages")
+    with pytest.raises(RuntimeError, match="pages 0 kept but not in use"):
+        pool.keep([0])
+    with pytest.raises(RuntimeError, match="pages 0 dropped but not kept"):
+        pool.drop(pool.take(1))
+
+
+def test_check_integrity_finds_a_wrong_count_of_idle_blocks() -> None:
+    pool = BlockPool(2, "pages")
+    pool._num_idle = 1
+    with pytest.raises(RuntimeError, match="1 idle blocks counted, 0 found"):
+        pool.check_integrity()

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 class BlockPool:
     """Numbers 0 .. size - 1, each free or held by one or more holders. The memory behind them belongs to someone else.
 
-    A block that is shared is only read; whoever wants to write takes a block of their own first.
+    A block that is shared is only read; whoever wants to write takes a block of their own first. The prefix cache's
+    references are told apart from those of requests, so that the blocks it could give up are known without a search.
 
     Args:
         size: number of blocks.
@@ -19,6 +20,8 @@ class BlockPool:
         self.size, self.name = size, name
         self._free = list(range(size - 1, -1, -1))
         self._references = [0] * size
+        self._kept = [0] * size
+        self._num_idle = 0
 
     @property
     def num_free(self) -> int:
@@ -30,9 +33,22 @@ class BlockPool:
         """Blocks that someone holds."""
         return self.size - len(self._free)
 
+    @property
+    def num_idle(self) -> int:
+        """Blocks that only the prefix cache holds."""
+        return self._num_idle
+
     def references(self, block: int) -> int:
-        """Return how many hold ``block``."""
+        """Return how many hold ``block``, the prefix cache's references included."""
         return self._references[block]
+
+    def kept(self, block: int) -> int:
+        """Return how many references to ``block`` are the prefix cache's."""
+        return self._kept[block]
+
+    def is_idle(self, block: int) -> bool:
+        """Return whether only the prefix cache holds ``block``."""
+        return 0 < self._kept[block] == self._references[block]
 
     def take(self, count: int) -> list[int]:
         """Take ``count`` free blocks; the caller has checked :attr:`num_free`.
@@ -56,6 +72,7 @@ class BlockPool:
         for block in blocks:
             if not self._held(block):
                 raise RuntimeError(f"{self.name} {block} shared but not in use")
+            self._num_idle -= self.is_idle(block)
             self._references[block] += 1
 
     def give_back(self, blocks: Iterable[int]) -> None:
@@ -65,10 +82,38 @@ class BlockPool:
             RuntimeError: one is not in use, a bug in the caller.
         """
         for block in blocks:
-            if not self._held(block):
+            if not self._held(block) or self.is_idle(block):
                 raise RuntimeError(f"{self.name} {block} given back but not in use")
             self._references[block] -= 1
+            self._num_idle += self.is_idle(block)
             if not self._references[block]:
+                self._free.append(block)
+
+    def keep(self, blocks: Iterable[int]) -> None:
+        """Add the prefix cache as a holder of blocks that someone holds.
+
+        Raises:
+            RuntimeError: one is free, a bug in the caller.
+        """
+        for block in blocks:
+            if not self._held(block):
+                raise RuntimeError(f"{self.name} {block} kept but not in use")
+            self._references[block] += 1
+            self._kept[block] += 1
+
+    def drop(self, blocks: Iterable[int]) -> None:
+        """Drop one of the prefix cache's references to each block; a block without holders is free.
+
+        Raises:
+            RuntimeError: one is not kept, a bug in the caller.
+        """
+        for block in blocks:
+            if not self._held(block) or not self._kept[block]:
+                raise RuntimeError(f"{self.name} {block} dropped but not kept")
+            self._references[block] -= 1
+            self._kept[block] -= 1
+            if not self._references[block]:
+                self._num_idle -= 1
                 self._free.append(block)
 
     def _held(self, block: int) -> bool:
@@ -83,3 +128,6 @@ class BlockPool:
         free = [block for block in range(self.size) if not self._references[block]]
         if sorted(self._free) != free or min(self._references, default=0) < 0:
             raise RuntimeError(f"{self.name}: free and used blocks do not add up to {self.size}")
+        idle = sum(map(self.is_idle, range(self.size)))
+        if idle != self._num_idle or any(kept > held for kept, held in zip(self._kept, self._references, strict=True)):
+            raise RuntimeError(f"{self.name}: {self._num_idle} idle blocks counted, {idle} found")

@@ -1,0 +1,70 @@
+"""Blocks kept from eviction until some time, within bounds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from kvbuffer.cache.pools import Blocks, Pools
+from kvbuffer.cache.prefix_tree import Node
+
+
+class Pin(NamedTuple):
+    """What is kept, until when, and the last page of the conversation it is kept for."""
+
+    last: Node
+    until: float
+    blocks: Blocks
+
+
+class Pins:
+    """Holds references like a request would, so what is pinned is in use as far as eviction is concerned.
+
+    Args:
+        pools: where the blocks are of.
+        share: the part of each pool that may be pinned.
+    """
+
+    def __init__(self, pools: Pools, share: float) -> None:
+        self._pools = pools
+        self._limits = [int(pool.size * share) for pool, _ in pools.pairs(Blocks())]
+        self._pins: list[Pin] = []
+        self._pinned: list[Counter[int]] = [Counter() for _ in self._limits]
+
+    def add(self, pin: Pin) -> bool:
+        """Pin blocks, in place of pins of earlier parts of the same conversation; the oldest make room.
+
+        Returns:
+            Whether it was pinned; False when it is too large by itself.
+        """
+        if any(len(set(numbers)) > limit for numbers, limit in zip(pin.blocks, self._limits, strict=True)):
+            return False
+        path = set(map(id, pin.last.path()))
+        self._pools.share(pin.blocks)
+        for old in [old for old in self._pins if id(old.last) in path]:
+            self._release(old)
+        self._pins.append(pin)
+        for count, numbers in zip(self._pinned, pin.blocks, strict=True):
+            count.update(numbers)
+        while any(len(count) > limit for count, limit in zip(self._pinned, self._limits, strict=True)):
+            self._release(self._pins[0])
+        return True
+
+    def release_expired(self, now: float) -> None:
+        """Let go of what was pinned until ``now`` or earlier."""
+        for pin in [pin for pin in self._pins if pin.until <= now]:
+            self._release(pin)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        for pin in self._pins[::]:
+            self._release(pin)
+
+    def _release(self, pin: Pin) -> None:
+        self._pins.remove(pin)
+        self._pools.give_back(pin.blocks)
+        for count, numbers in zip(self._pinned, pin.blocks, strict=True):
+            count.subtract(numbers)
+            for number in numbers:
+                if not count[number]:
+                    del count[number]

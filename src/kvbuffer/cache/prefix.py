@@ -1,0 +1,330 @@
+"""Prefix caching for hybrid models: what was computed for one request serves the next that begins with the same text.
+
+Resuming after t tokens takes the attention pages of those tokens and a snapshot of the linear-attention layers that is
+usable at t. Both are kept in a tree whose nodes are pages of tokens; a hit may end at any token that a snapshot covers,
+inside a page or not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+from kvbuffer.cache.eviction import EvictionQueue, leaf_value, snapshot_value
+from kvbuffer.cache.pins import Pin, Pins
+from kvbuffer.cache.pools import POOL_KINDS, Blocks, PoolKind, Pools, blocks_of
+from kvbuffer.cache.prefix_tree import (
+    Node,
+    StoredSnapshot,
+    Tokens,
+    all_pages,
+    attach,
+    check_structure,
+    detach,
+    last_resumable,
+    pages_of,
+    walk,
+)
+from kvbuffer.cache.snapshot import Snapshot
+from kvbuffer.ops.attention import PAGE_SIZE
+
+#: Called with (token_ids, salt, attention_pages, snapshot) of a prefix that is about to be lost.
+OnEvict = Callable[[list[int], str | None, tuple[int, ...], Snapshot], None]
+
+
+class PrefixMatch(NamedTuple):
+    """The longest cached prefix of a text from which a request can go on. Valid until the cache changes.
+
+    Attributes:
+        num_tokens: its length t.
+        attention_pages: the pages of its full PAGE_SIZE tokens, in order.
+        partial_page: the page to copy when t ends inside one: its first t % PAGE_SIZE tokens are right. None otherwise.
+        snapshot: the snapshot to use at t; None when t is 0.
+        branch: tokens of the text whose attention pages are cached, at least t: where the text leaves what is known,
+            so where another may leave it too.
+        num_queried: length of the text that was looked up.
+    """
+
+    num_tokens: int
+    attention_pages: tuple[int, ...]
+    partial_page: int | None
+    snapshot: Snapshot | None
+    branch: int
+    num_queried: int
+
+    @property
+    def blocks(self) -> Blocks:
+        """Everything that :meth:`PrefixCache.acquire` takes a reference to."""
+        partial = () if self.partial_page is None else (self.partial_page,)
+        return blocks_of(self.snapshot, self.attention_pages + partial)
+
+
+@dataclass
+class PrefixCounters:
+    """What happened since the start; these only grow.
+
+    Attributes:
+        queries: requests that started, hit or not.
+        query_tokens: tokens of their texts.
+        hits: those that started from a cached prefix.
+        hit_tokens: tokens of the prefixes they started from.
+        inserted_snapshots: snapshots stored.
+        evicted: blocks freed by eviction, by pool.
+    """
+
+    queries: int = 0
+    query_tokens: int = 0
+    hits: int = 0
+    hit_tokens: int = 0
+    inserted_snapshots: int = 0
+    evicted: dict[PoolKind, int] = field(default_factory=lambda: dict.fromkeys(POOL_KINDS, 0))
+
+
+class PrefixCache:
+    """Attention pages and snapshots by the text they are of, in one tree per salt.
+
+    Texts under different salts share nothing. Blocks are held by references of the cache's own, beside those of
+    requests; what a request holds is not evicted.
+
+    Args:
+        pools: the pools that blocks are of.
+        on_evict: called with a snapshot and its attention pages before eviction gives them up, while they can still be
+            read. Must not use the cache.
+        clock: the time, for pins.
+        pin_share: the part of each pool that may be pinned.
+    """
+
+    def __init__(
+        self,
+        pools: Pools,
+        *,
+        on_evict: OnEvict | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        pin_share: float = 0.25,
+    ) -> None:
+        self.pools, self.counters = pools, PrefixCounters()
+        self._on_evict, self._clock = on_evict, clock
+        self._pins = Pins(pools, pin_share)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._roots: dict[str | None, Node] = {}
+        self._leaves: EvictionQueue[Node] = EvictionQueue(partial(leaf_value, self.pools))
+        self._snapshots: EvictionQueue[StoredSnapshot] = EvictionQueue(partial(snapshot_value, self.pools))
+
+    def match(self, token_ids: Sequence[int], salt: str | None, max_tokens: int) -> PrefixMatch:
+        """Return the longest usable prefix of a text, of at most ``max_tokens`` tokens.
+
+        Changes nothing but what counts as recently used.
+        """
+        text = token_ids[:max_tokens]
+        path, branch = walk(self._roots.get(salt) or Node.root(salt), text)
+        num_tokens, stored = last_resumable(path, text)
+        if stored is None:
+            pages, snapshot = [], None
+        else:
+            pages, snapshot = stored.node.path()[: math.ceil(num_tokens / PAGE_SIZE)], stored.snapshot
+            self._snapshots.touch(stored)
+        for node in (*path, *pages):
+            self._leaves.touch(node)
+        numbers, full = tuple(node.block for node in pages), num_tokens // PAGE_SIZE
+        inside = numbers[full] if num_tokens % PAGE_SIZE else None
+        return PrefixMatch(num_tokens, numbers[:full], inside, snapshot, branch, len(token_ids))
+
+    def acquire(self, match: PrefixMatch) -> None:
+        """Take references to everything in a match, for a request that starts from it; count the request.
+
+        The caller gives them back: ``pools.give_back(match.blocks)``, or each block when it is done with it.
+        """
+        self.pools.share(match.blocks)
+        self.counters.queries += 1
+        self.counters.query_tokens += match.num_queried
+        self.counters.hits += match.num_tokens > 0
+        self.counters.hit_tokens += match.num_tokens
+
+    def insert(
+        self, token_ids: Sequence[int], salt: str | None, attention_pages: Sequence[int], snapshot: Snapshot | None
+    ) -> None:
+        """Publish a prefix; the caller's references stay the caller's.
+
+        Pages of tokens that are cached already are not needed again. The last page may be partial, and its writer may
+        go on appending to it: readers copy it. A snapshot is not stored beside one that ends where it does and starts
+        no later.
+
+        Args:
+            token_ids: the prefix.
+            salt: who it is shared with.
+            attention_pages: its pages.
+            snapshot: one that ends at its last token.
+
+        Raises:
+            RuntimeError: the blocks are not those of this many tokens, a bug in the caller.
+        """
+        if len(attention_pages) != math.ceil(len(token_ids) / PAGE_SIZE):
+            raise RuntimeError(f"{len(attention_pages)} attention pages are not those of {len(token_ids)} tokens")
+        if not token_ids or (snapshot is not None and snapshot.end != len(token_ids)):
+            raise RuntimeError(f"cannot store {snapshot} as the memory of {len(token_ids)} tokens")
+        node = self._roots.setdefault(salt, Node.root(salt))
+        for tokens, block in zip(pages_of(token_ids), attention_pages, strict=True):
+            node = self._insert_page(node, tokens, block)
+            self._leaves.touch(node)
+        if not node.children:
+            self._leaves.push(node)
+        if snapshot is not None:
+            self._insert_snapshot(node, snapshot)
+
+    def evict(self, kind: PoolKind, count: int) -> int:
+        """Free at least ``count`` blocks of one pool, or as many as can be; return how many that were.
+
+        Pages go from the ends of paths inward, each with the snapshots that end in it.
+        """
+        self._pins.release_expired(self._clock())
+        before = [pool.num_free for pool, _ in self.pools.pairs(Blocks())]
+        target = self.pools.by_kind(kind).num_free + count
+        if kind == "attention_pages":
+            self._evict_pages(target)
+        else:
+            self._evict_snapshots(kind, target)
+        for name, free in zip(POOL_KINDS, before, strict=True):
+            self.counters.evicted[name] += self.pools.by_kind(name).num_free - free
+        return self.pools.by_kind(kind).num_free - target + count
+
+    def num_evictable(self, kind: PoolKind) -> int:
+        """Return how many blocks of one pool :meth:`evict` can free."""
+        self._pins.release_expired(self._clock())
+        return self.pools.by_kind(kind).num_idle
+
+    def pin(self, token_ids: Sequence[int], salt: str | None, until: float) -> bool:
+        """Keep what a continuation of this text would start from, until a time of the cache's clock.
+
+        Replaces pins of earlier parts of the same text. Pins together hold no more than their share of each pool; the
+        oldest are dropped first.
+
+        Returns:
+            Whether there was something to pin, small enough.
+        """
+        self._pins.release_expired(self._clock())
+        path, _ = walk(self._roots.get(salt) or Node.root(salt), token_ids)
+        _, stored = last_resumable(path, token_ids)
+        if stored is None:
+            return False
+        pages = tuple(node.block for node in stored.node.path())
+        return self._pins.add(Pin(stored.node, until, blocks_of(stored.snapshot, pages)))
+
+    def clear(self) -> None:
+        """Give up everything, pins included."""
+        self._pins.clear()
+        for root in self._roots.values():
+            for node in all_pages(root):
+                self.pools.attention_pages.drop((node.block,))
+                for stored in node.snapshots:
+                    self.pools.drop(blocks_of(stored.snapshot))
+        self._clear()
+
+    def check_integrity(self) -> None:
+        """Check the structure, and that the blocks it names are the ones it holds.
+
+        Raises:
+            RuntimeError: they are not.
+        """
+        held: list[dict[int, int]] = [{} for _ in POOL_KINDS]
+        for root in self._roots.values():
+            check_structure(root)
+            for node in all_pages(root):
+                if not node.children and not node.queued:
+                    raise RuntimeError(f"prefix cache: page {node.block} can never be evicted")
+                for blocks in [blocks_of(None, (node.block,)), *(blocks_of(s.snapshot) for s in node.snapshots)]:
+                    for count, numbers in zip(held, blocks, strict=True):
+                        for number in numbers:
+                            count[number] = count.get(number, 0) + 1
+        for pool, count in zip((pool for pool, _ in self.pools.pairs(Blocks())), held, strict=True):
+            pool.check_integrity()
+            if any(pool.kept(block) != count.get(block, 0) for block in range(pool.size)):
+                raise RuntimeError(f"prefix cache: {pool.name} held are not those of the tree")
+
+    def _insert_page(self, parent: Node, tokens: Tokens, block: int) -> Node:
+        child = parent.starting_with(tokens)
+        if child is not None:
+            return child
+        self.pools.attention_pages.keep((block,))
+        shorter = parent.continued_by(tokens)
+        if shorter is None:
+            return parent.add(tokens, block)
+        replaced = shorter.block
+        parent.extend(shorter, tokens, block)
+        self.pools.attention_pages.drop((replaced,))
+        return shorter
+
+    def _insert_snapshot(self, node: Node, snapshot: Snapshot) -> None:
+        usable = node.parent.resumable.get(node.tokens[: snapshot.end - node.depth], [])
+        for old in [old for old in usable if old.snapshot.end == snapshot.end]:
+            if old.snapshot.start <= snapshot.start:
+                self._snapshots.touch(old)
+                return
+            self._remove_snapshot(old)
+        stored = StoredSnapshot(snapshot, node)
+        self.pools.keep(blocks_of(snapshot))
+        attach(stored)
+        self._snapshots.touch(stored)
+        self._snapshots.push(stored)
+        self.counters.inserted_snapshots += 1
+
+    def _evict_snapshots(self, kind: PoolKind, target: int) -> None:
+        pool = self.pools.by_kind(kind)
+        useless: list[StoredSnapshot] = []
+        while pool.num_free < target and pool.num_idle and (stored := self._snapshots.pop()):
+            numbers = blocks_of(stored.snapshot)[POOL_KINDS.index(kind)]
+            if any(map(pool.is_idle, numbers)):
+                self._lose(stored)
+            else:
+                useless.append(stored)
+        for stored in useless:
+            self._snapshots.push(stored)
+
+    def _evict_pages(self, target: int) -> None:
+        pool = self.pools.attention_pages
+        in_use: list[Node] = []
+        while pool.num_free < target and pool.num_idle:
+            leaf = self._leaves.pop()
+            if leaf is None:
+                # Two requests that computed the same text at once: the later one's pages follow pages of the earlier
+                # one that it does not hold. It will publish them again; the idle pages before them are wanted now.
+                leaf = next(leaf for leaf in in_use if any(pool.is_idle(node.block) for node in leaf.path()))
+                in_use.remove(leaf)
+                self._remove_leaf(leaf)
+            elif leaf.children:
+                continue  # no last page any more; it comes back when it is one again
+            elif pool.is_idle(leaf.block):
+                self._remove_leaf(leaf)
+            else:
+                in_use.append(leaf)
+        for leaf in in_use:
+            self._leaves.touch(leaf)
+            self._leaves.push(leaf)
+
+    def _remove_leaf(self, leaf: Node) -> None:
+        for stored in leaf.snapshots[::]:
+            self._lose(stored)
+        parent = leaf.parent
+        parent.remove(leaf)
+        self.pools.attention_pages.drop((leaf.block,))
+        if not parent.children and parent.tokens:
+            self._leaves.push(parent)
+        elif not parent.children:
+            del self._roots[parent.salt]
+
+    def _lose(self, stored: StoredSnapshot) -> None:
+        """Give up a snapshot, after offering it to ``on_evict``."""
+        if self._on_evict is not None:
+            path = stored.node.path()
+            tokens = [token for node in path for token in node.tokens][: stored.snapshot.end]
+            self._on_evict(tokens, stored.node.salt, tuple(node.block for node in path), stored.snapshot)
+        self._remove_snapshot(stored)
+
+    def _remove_snapshot(self, stored: StoredSnapshot) -> None:
+        detach(stored)
+        self.pools.drop(blocks_of(stored.snapshot))
