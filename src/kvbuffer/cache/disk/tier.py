@@ -127,7 +127,7 @@ class DiskTier:
 
         Args:
             token_ids: the prefix, ``geometry.end`` tokens.
-            salt: whoever gives the same one may share the prefix. Only its digest is stored.
+            salt: whoever gives the same one, or None, shares the prefix. Only its digest is stored.
             geometry: what the data is of.
             data: [bytes] uint8, what :func:`~kvbuffer.cache.transfer.extract` returned; not to be changed afterwards.
 
@@ -324,4 +324,6 @@ def _lock_folder(folder: Path) -> int:
 
 
 def _salt_digest(salt: str | None) -> str:
-    return blake2b((salt or "").encode(), digest_size=16, person=b"kvbuffer salt").hexdigest()
+    # Clients choose salts, and JSON allows them halves of surrogate pairs.
+    text = b"none" if salt is None else b"some" + salt.encode(errors="surrogatepass")
+    return blake2b(text, digest_size=16, person=b"kvbuffer salt").hexdigest()
