@@ -6,6 +6,7 @@ prompt over and over. Hooks make it slow or make it fail.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -68,6 +69,8 @@ class FakeEngine:
     bug_in_add: bool = False
     give_up_at_token: int | None = None
     queue_full: QueueFullError | None = None
+    room: float = math.inf
+    num_cached_tokens: int = 0
     max_num_seqs: int = 64
     max_model_len: int = 4096
     generation_defaults: dict[str, float | int] = field(default_factory=dict)
@@ -106,6 +109,8 @@ class FakeEngine:
             raise RuntimeError("a bug")
         if self.queue_full is not None:
             raise self.queue_full
+        if len(self.requests) >= self.room:
+            raise QueueFullError("no room", "queue_full", 1)
         if not prompt_token_ids:
             raise InvalidRequestError("The prompt is empty.", "prompt")
         if not all(0 <= token <= EOS for token in prompt_token_ids):
@@ -172,6 +177,6 @@ class FakeEngine:
             stop_reason=stop_reason,
             num_prompt_tokens=len(prompt),
             num_output_tokens=request.num_output_tokens,
-            num_cached_tokens=0,
+            num_cached_tokens=self.num_cached_tokens,
             scheduled_at=request.scheduled_at,
         )
