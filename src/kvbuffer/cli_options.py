@@ -71,6 +71,7 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Type of weights and activation
 MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Context length in tokens; default: the model's.")]
 MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Most requests in one step.")]
 MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, help="Most tokens in one step.")]
+MaxQueueLen = Annotated[int, typer.Option(min=1, help="Most requests waiting, half of them of one client; then 429.")]
 Memory = Annotated[
     int | None,
     typer.Option(parser=parse_size, metavar="SIZE", help="Bytes for states, buffers and caches, as in 8GiB."),

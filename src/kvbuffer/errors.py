@@ -27,3 +27,17 @@ class InvalidRequestError(KVBufferError, ValueError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class QueueFullError(KVBufferError):
+    """Too many requests wait already; answered with HTTP 429.
+
+    Attributes:
+        reason: ``queue_full``, or ``client_queue_full`` when it is this client's requests that are too many.
+        retry_after_s: seconds after which a place is likely to be free.
+    """
+
+    def __init__(self, message: str, reason: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s

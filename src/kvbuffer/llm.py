@@ -10,11 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.engine import Engine
-from kvbuffer.engine.request import CompletionDelta, FinishReason, TokenLogprob
+from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReason, RequestOptions, TokenLogprob
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.errors import InvalidRequestError
 
-#: A text, token ids, or vLLM's dictionaries with ``prompt`` or ``prompt_token_ids``.
+#: A text, token ids, or vLLM's dictionaries with ``prompt`` or ``prompt_token_ids``, and perhaps ``cache_salt``.
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
@@ -67,7 +67,8 @@ class LLM:
 
     Args:
         model: checkpoint folder, hub id, or ``demo``.
-        options: the other fields of :class:`~kvbuffer.engine.config.EngineConfig`.
+        options: the other fields of :class:`~kvbuffer.engine.config.EngineConfig`; here ``max_queue_len`` is None by
+            default, as the caller waits for the whole list anyway.
 
     Raises:
         ModelError: the checkpoint cannot be loaded.
@@ -75,13 +76,14 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        self.engine = Engine.from_config(EngineConfig(model=model, **options))
+        self.engine = Engine.from_config(EngineConfig(model=model, **{"max_queue_len": None, **options}))
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or many; results come in the order of the prompts.
 
@@ -89,12 +91,17 @@ class LLM:
             prompts: a prompt or a list of them.
             sampling_params: one for all prompts, or one each; the model's own defaults if not given.
             use_tqdm: draw a progress bar (vLLM's name for it).
+            priority: one for all prompts, or one each; lower values are served first, 0 by default.
 
         Raises:
             InvalidRequestError: a prompt or a parameter cannot be served; nothing was run.
         """
-        batch = [self._prompt(prompt) for prompt in _as_list(prompts)]
-        return self._run(batch, sampling_params, use_tqdm)
+        items = _as_list(prompts)
+        priorities = [priority or 0] * len(items) if priority is None or isinstance(priority, int) else priority
+        if len(priorities) != len(items):
+            raise InvalidRequestError(f"{len(items)} prompts but {len(priorities)} priorities", "priority")
+        options = [_options(prompt, urgency) for prompt, urgency in zip(items, priorities, strict=True)]
+        return self._run([self._prompt(prompt) for prompt in items], options, sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -109,7 +116,7 @@ class LLM:
             (None, self.engine.tokenizer.apply_chat_template(list(conversation), **template_options))  # type: ignore[arg-type]
             for conversation in conversations
         ]
-        return self._run(batch, sampling_params, use_tqdm)
+        return self._run(batch, [DEFAULT_OPTIONS] * len(batch), sampling_params, use_tqdm)
 
     def _prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -124,6 +131,7 @@ class LLM:
     def _run(
         self,
         batch: list[tuple[str | None, list[int]]],
+        options: Sequence[RequestOptions],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         show_progress: bool,
     ) -> list[RequestOutput]:
@@ -141,7 +149,7 @@ class LLM:
                 results.append(result)
                 for output in result.outputs:
                     request_id = f"{number}-{output.index}"
-                    self.engine.add_request(request_id, ids, params.for_choice(output.index))
+                    self.engine.add_request(request_id, ids, params.for_choice(output.index), options[number])
                     running[request_id] = output
             self._drain(running, show_progress)
         finally:
@@ -168,6 +176,10 @@ class LLM:
                 finished = sum(delta.finish_reason is not None for delta in deltas)
                 elapsed = progress.tasks[task].elapsed or 0.0
                 progress.update(task, advance=finished, rate=f"{tokens / elapsed:.0f} tok/s" if elapsed else "")
+
+
+def _options(prompt: Prompt, priority: int) -> RequestOptions:
+    return RequestOptions(priority, cache_salt=prompt.get("cache_salt") if isinstance(prompt, Mapping) else None)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -78,6 +78,28 @@ class TestLLM:
         with pytest.raises(InvalidRequestError, match="2 prompts but 1 sampling_params"):
             llm.generate([PROMPT, PROMPT], [greedy()], use_tqdm=False)
 
+    def test_priorities_and_salts_reach_the_engine(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = []
+        add = llm.engine.add_request
+        monkeypatch.setattr(llm.engine, "add_request", lambda *args: (seen.append(args[-1]), add(*args)))
+        forms = [PROMPT, {"prompt_token_ids": PROMPT, "cache_salt": "s"}]
+        llm.generate(forms, greedy(1), use_tqdm=False, priority=[3, -1])
+        llm.generate(forms, greedy(1), use_tqdm=False, priority=7)
+        llm.generate(PROMPT, greedy(1), use_tqdm=False)
+        assert [options.priority for options in seen] == [3, -1, 7, 7, 0]
+        assert [options.cache_salt for options in seen] == [None, "s", None, "s", None]
+        with pytest.raises(InvalidRequestError, match="2 prompts but 1 priorities"):
+            llm.generate(forms, greedy(1), use_tqdm=False, priority=[1])
+        with pytest.raises(InvalidRequestError, match="cache_salt must be a non-empty string"):
+            llm.generate({"prompt": "x", "cache_salt": ""}, greedy(1), use_tqdm=False)
+
+    def test_any_number_of_prompts_may_wait(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        configs = []
+        monkeypatch.setattr(Engine, "from_config", lambda config: configs.append(config) or engine)
+        LLM("tiny")
+        LLM("tiny", max_queue_len=5)
+        assert [config.max_queue_len for config in configs] == [None, 5]
+
     def test_a_failing_model_leaves_nothing_behind(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*args: object) -> Tensor:
             raise RuntimeError("out of order")

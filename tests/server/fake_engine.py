@@ -6,15 +6,16 @@ prompt over and over. Hooks make it slow or make it fail.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
-from kvbuffer.engine.request import CompletionDelta, FinishReason, TokenLogprob
+from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReason, RequestOptions, TokenLogprob
 from kvbuffer.engine.sampling_params import SamplingParams
-from kvbuffer.errors import InvalidRequestError
+from kvbuffer.errors import InvalidRequestError, QueueFullError
 
 EOS = 256
 
@@ -67,6 +68,9 @@ class FakeEngine:
     fail_at_step: int | None = None
     bug_in_add: bool = False
     give_up_at_token: int | None = None
+    queue_full: QueueFullError | None = None
+    room: float = math.inf
+    num_cached_tokens: int = 0
     max_num_seqs: int = 64
     max_model_len: int = 4096
     generation_defaults: dict[str, float | int] = field(default_factory=dict)
@@ -74,6 +78,7 @@ class FakeEngine:
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     requests: dict[str, FakeRequest] = field(default_factory=dict)
     seen: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
+    options: list[RequestOptions] = field(default_factory=list)
     num_steps: int = 0
     num_aborted: int = 0
 
@@ -93,9 +98,19 @@ class FakeEngine:
             record_pages_total=4,
         )
 
-    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        options: RequestOptions = DEFAULT_OPTIONS,
+    ) -> None:
         if self.bug_in_add:
             raise RuntimeError("a bug")
+        if self.queue_full is not None:
+            raise self.queue_full
+        if len(self.requests) >= self.room:
+            raise QueueFullError("no room", "queue_full", 1)
         if not prompt_token_ids:
             raise InvalidRequestError("The prompt is empty.", "prompt")
         if not all(0 <= token <= EOS for token in prompt_token_ids):
@@ -106,6 +121,7 @@ class FakeEngine:
         detokenizer = IncrementalDetokenizer(self.tokenizer, params)
         self.requests[request_id] = FakeRequest(request_id, prompt_token_ids, params, detokenizer)
         self.seen.append((prompt_token_ids, params))
+        self.options.append(options)
 
     def abort_request(self, request_id: str) -> None:
         if self.requests.pop(request_id, None) is not None:
@@ -161,6 +177,6 @@ class FakeEngine:
             stop_reason=stop_reason,
             num_prompt_tokens=len(prompt),
             num_output_tokens=request.num_output_tokens,
-            num_cached_tokens=0,
+            num_cached_tokens=self.num_cached_tokens,
             scheduled_at=request.scheduled_at,
         )

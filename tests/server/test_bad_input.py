@@ -86,6 +86,18 @@ COMPLETION_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"tempreature": 1}, "tempreature", "Unknown field: 'tempreature'"),
     ({"model": 5}, "model", "string"),
     ({"metadata": {"a": 1}}, "metadata.a", "string"),
+    ({"priority": "high"}, "priority", "integer"),
+    ({"priority": 1.5}, "priority", "integer"),
+    ({"priority": True}, "priority", "integer"),
+    ({"priority": 10**12}, "priority", "priority must be an integer from"),
+    ({"cache_salt": ""}, "cache_salt", "non-empty"),
+    ({"cache_salt": 7}, "cache_salt", "string"),
+    ({"cache_salt": "x" * 257}, "cache_salt", "at most 256"),
+    ({"cache_ttl": -0.5}, "cache_ttl", "from 0 to 3600"),
+    ({"cache_ttl": 1e9}, "cache_ttl", "from 0 to 3600"),
+    ({"cache_ttl": "1h"}, "cache_ttl", "number"),
+    ({"user": 7}, "user", "string"),
+    ({"user": "x" * 257}, "user", "at most 256"),
 ]
 
 
@@ -126,6 +138,9 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", "tokenize"),
     ({"chat_template_kwargs": {"fail": True}}, "messages", "the template says no"),
     ({"max_completion_tokens": 0}, "max_tokens", "max_tokens"),
+    ({"priority": -(10**12)}, "priority", "priority must be an integer from"),
+    ({"cache_salt": ""}, "cache_salt", "non-empty"),
+    ({"cache_ttl": -1}, "cache_ttl", "from 0 to 3600"),
 ]
 
 

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvbuffer import __version__
+from kvbuffer.errors import QueueFullError
 from tests.server.conftest import ClientFactory
 from tests.server.events import chunks
 from tests.server.fake_engine import FakeEngine
@@ -95,6 +96,19 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
         assert samples[f"kvbuffer:{name}_seconds_bucket", "+Inf"] == 2
     assert samples["kvbuffer:inter_token_latency_seconds_count", None] == 6
     assert "process_resident_memory_bytes" in text
+
+
+async def test_rejected_requests_are_counted_by_reason(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    for reason, count in (("queue_full", 1), ("client_queue_full", 2)):
+        engine.queue_full = QueueFullError("full", reason, 3)
+        await client.post("/v1/completions", json={"prompt": "hello", "n": count})
+    rejected = {
+        sample.labels["reason"]: sample.value
+        for family in text_string_to_metric_families((await client.get("/metrics")).text)
+        for sample in family.samples
+        if sample.name == "kvbuffer:request_rejected_total"
+    }
+    assert rejected == {"queue_full": 1, "client_queue_full": 2}
 
 
 async def test_an_api_key_guards_everything_but_health(engine: FakeEngine, make_client: ClientFactory) -> None:

@@ -17,10 +17,10 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvbuffer.engine.request import CompletionDelta, FinishReason
+from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReason, RequestOptions
 from kvbuffer.engine.request_metrics import RequestMetrics, RequestTimes
 from kvbuffer.engine.sampling_params import SamplingParams
-from kvbuffer.errors import InvalidRequestError, KVBufferError
+from kvbuffer.errors import InvalidRequestError, KVBufferError, QueueFullError
 
 if TYPE_CHECKING:
     from kvbuffer.engine.engine import Engine
@@ -46,6 +46,7 @@ class EngineInput(NamedTuple):
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    options: RequestOptions = DEFAULT_OPTIONS
 
 
 class DeltaStream:
@@ -176,6 +177,7 @@ class AsyncEngine:
 
         Raises:
             InvalidRequestError: the engine refused one of them; none runs.
+            QueueFullError: too many requests wait; none runs.
             EngineStoppedError: the engine takes no requests.
         """
         if self._refusal is not None:
@@ -234,6 +236,8 @@ class AsyncEngine:
             if error is None:
                 stream._accept()
             else:
+                if isinstance(error, QueueFullError):
+                    self.metrics.rejected[error.reason] += len(stream._unfinished)
                 for request_id in stream._unfinished:
                     del self._requests[request_id]
                 stream._fail(error)
@@ -283,7 +287,7 @@ class AsyncEngine:
         added = []
         try:
             for request in inputs:
-                self.engine.add_request(request.request_id, request.prompt_token_ids, request.params)
+                self.engine.add_request(*request)
                 added.append(request.request_id)
         except Exception as error:
             for request_id in added:

@@ -26,6 +26,7 @@ class EngineConfig:
         max_num_seqs: at most this many requests run at once.
         max_num_batched_tokens: at most this many tokens are computed in a step, prompts being split to fit; exceeded
             only to let 64 prompt tokens in beside many decoding requests.
+        max_queue_len: at most this many requests wait, half of them of one client; None for any number.
         memory: bytes for states, buffers and attention pages; by default half of the free memory.
         buffer_len: tokens a KV buffer holds before it is folded into the state.
         threads: CPU threads; PyTorch's choice by default.
@@ -42,6 +43,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = defaults.MAX_NUM_SEQS
     max_num_batched_tokens: int = defaults.MAX_NUM_BATCHED_TOKENS
+    max_queue_len: int | None = defaults.MAX_QUEUE_LEN
     memory: int | None = None
     buffer_len: int = defaults.BUFFER_LEN
     threads: int | None = None
@@ -55,6 +57,7 @@ class EngineConfig:
             "max_model_len": 2,
             "max_num_seqs": 1,
             "max_num_batched_tokens": CHUNK,
+            "max_queue_len": 1,
             "memory": 1,
             "buffer_len": 1,
             "threads": 1,

@@ -15,7 +15,7 @@ from kvbuffer.cache.plan import MemoryPlan, default_budget, plan_memory
 from kvbuffer.cache.store import allocate
 from kvbuffer.engine.config import DTYPES, EngineConfig
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
-from kvbuffer.engine.request import CompletionDelta, FinishReason, Request
+from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReason, Request, RequestOptions
 from kvbuffer.engine.runner import Runner
 from kvbuffer.engine.sampler import InvalidLogits, SampledToken, sample
 from kvbuffer.engine.sampling_params import SamplingParams
@@ -80,7 +80,7 @@ class Engine:
         self._model = Decoder(folder, model_config, plan.dtype, plan.max_model_len, config.show_progress)
         self._memory = RequestMemory(plan)
         self._runner = Runner(self._model, allocate(model_config.cache_shape, plan), self._memory)
-        self._scheduler = Scheduler(self._memory, config.max_num_batched_tokens)
+        self._scheduler = Scheduler(self._memory, config.max_num_batched_tokens, config.max_queue_len)
         self._requests: dict[str, Request] = {}
 
     @classmethod
@@ -127,11 +127,18 @@ class Engine:
             attention_pages_total=memory.attention_pages.size,
         )
 
-    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        options: RequestOptions = DEFAULT_OPTIONS,
+    ) -> None:
         """Queue a request.
 
         Raises:
             InvalidRequestError: the prompt or a parameter cannot be served; nothing was queued.
+            QueueFullError: too many requests wait; nothing was queued.
         """
         if request_id in self._requests:
             raise InvalidRequestError(f"a request with id {request_id!r} is already running", "request_id")
@@ -151,9 +158,10 @@ class Engine:
             max_len,
             SamplingState(params, prompt_token_ids, self.eos_token_ids),
             IncrementalDetokenizer(self.tokenizer, params),
+            options,
         )
-        self._requests[request_id] = request
         self._scheduler.add(request)
+        self._requests[request_id] = request
 
     def _check_lengths(self, prompt_len: int, max_tokens: int | None) -> int:
         """Return the length at which a request ends."""
@@ -207,6 +215,7 @@ class Engine:
             finish, stop_reason = FinishReason.ABORT, sampled.reason
         else:
             token_ids = [sampled.token_id]
+            self._scheduler.waiting.charge(request, output=1)
             request.token_ids.append(sampled.token_id)
             request.sampling.append(sampled.token_id)
             logprobs = None if sampled.logprob is None else [sampled.logprob]
@@ -250,6 +259,7 @@ class Engine:
             RuntimeError: something is lost or held twice.
         """
         self._memory.check_integrity()
+        self._scheduler.waiting.check_integrity()
         if self._memory.slots.num_used != len(self._scheduler.running):
             raise RuntimeError("state slots in use are not the ones of the running requests")
         if len(self._requests) != len(self._scheduler.running) + len(self._scheduler.waiting):

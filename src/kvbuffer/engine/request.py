@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from kvbuffer.errors import InvalidRequestError
+
 if TYPE_CHECKING:
     from kvbuffer.engine.detokenizer import IncrementalDetokenizer
     from kvbuffer.engine.sampling_params import SamplingParams
@@ -19,6 +21,56 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+
+
+#: Bounds of the fields of ``RequestOptions``.
+MAX_PRIORITY = 2**31 - 1
+MAX_NAME_LENGTH = 256
+MAX_CACHE_TTL_S = 3600.0
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """How a request is queued and cached; nothing here changes its tokens.
+
+    Attributes:
+        priority: lower values are served first, as in vLLM.
+        client: whose share of the service it uses; the empty string is the client of all that name none.
+        cache_salt: requests share cached prefixes only with requests of the same salt, as in vLLM.
+        cache_ttl_s: seconds for which its cached prefix is kept after its end, for the next turn of the conversation.
+
+    Raises:
+        InvalidRequestError: a value has the wrong type or is out of range.
+    """
+
+    priority: int = 0
+    client: str = ""
+    cache_salt: str | None = None
+    cache_ttl_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if type(self.priority) is not int or abs(self.priority) > MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"priority must be an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}, got {self.priority!r}", "priority"
+            )
+        if not isinstance(self.client, str) or len(self.client) > MAX_NAME_LENGTH:
+            raise InvalidRequestError(f"user must be a string of at most {MAX_NAME_LENGTH} characters", "user")
+        salt = self.cache_salt
+        if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_NAME_LENGTH):
+            raise InvalidRequestError(
+                f"cache_salt must be a non-empty string of at most {MAX_NAME_LENGTH} characters; leave it out to share "
+                "the cache with everyone",
+                "cache_salt",
+            )
+        ttl = self.cache_ttl_s
+        if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 <= ttl <= MAX_CACHE_TTL_S:
+            raise InvalidRequestError(
+                f"cache_ttl must be a number of seconds from 0 to {MAX_CACHE_TTL_S:.0f}, got {ttl!r}", "cache_ttl"
+            )
+
+
+#: What most requests say.
+DEFAULT_OPTIONS = RequestOptions()
 
 
 @dataclass(slots=True)
@@ -79,6 +131,7 @@ class Request:
         max_len: tokens at which the request ends, by ``max_tokens`` and the context.
         sampling: what the sampler remembers.
         detokenizer: turns output tokens into text.
+        options: how it is queued and cached.
         arrival: when it was added, in seconds of ``time.monotonic``.
         scheduled_at: when it was first scheduled, 0 before.
         slot: its memory, None while it waits.
@@ -93,6 +146,7 @@ class Request:
     max_len: int
     sampling: SamplingState
     detokenizer: IncrementalDetokenizer
+    options: RequestOptions = DEFAULT_OPTIONS
     arrival: float = field(default_factory=time.monotonic)
     scheduled_at: float = 0.0
     slot: int | None = None

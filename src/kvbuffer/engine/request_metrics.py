@@ -84,6 +84,7 @@ class RequestMetrics:
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.finished: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
 
     def observe(self, times: RequestTimes, delta: CompletionDelta, now: float) -> None:
         """Account for one delta that reached the event loop at ``now``; advances ``times``."""

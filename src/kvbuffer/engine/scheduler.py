@@ -9,11 +9,11 @@ decodes gets its token, and however many they are, one chunk of a prompt is let 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from kvbuffer.cache.memory import RequestMemory
+from kvbuffer.engine.queue import WaitingQueue
 from kvbuffer.engine.request import Request
 from kvbuffer.ops.chunked import CHUNK
 
@@ -31,23 +31,24 @@ class Scheduler:
     Args:
         memory: where requests live.
         max_num_batched_tokens: token budget of a step, exceeded only so that nothing starves.
+        max_queue_len: requests that may wait; None for any number.
 
     Attributes:
-        waiting: requests without memory, next first.
+        waiting: requests without memory.
         running: requests with memory, oldest first.
         num_preemptions: requests sent back to the queue because attention pages ran out.
     """
 
-    def __init__(self, memory: RequestMemory, max_num_batched_tokens: int) -> None:
+    def __init__(self, memory: RequestMemory, max_num_batched_tokens: int, max_queue_len: int | None = None) -> None:
         self.memory = memory
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingQueue(max_queue_len)
         self.running: list[Request] = []
         self.num_preemptions = 0
 
     def add(self, request: Request) -> None:
-        """Queue a request."""
-        self.waiting.append(request)
+        """Queue a request; raise :class:`~kvbuffer.errors.QueueFullError` if too many wait."""
+        self.waiting.push(request)
 
     def schedule(self) -> list[ScheduledRequest]:
         """Return the next step: requests that decode first, then those that prefill. Memory is taken for all of it."""
@@ -78,15 +79,16 @@ class Scheduler:
     def _prefilling(self) -> Iterator[Request]:
         """Yield running requests that prefill, then waiting ones for as long as the next one can be admitted."""
         yield from [request for request in self.running if request.is_prefilling]
-        while self.waiting:
-            request = self.waiting[0]
+        while (request := self.waiting.peek()) is not None:
             if not self.memory.can_admit(len(request.token_ids)):
                 return
             yield request
 
     def _admit(self, request: Request) -> None:
         # Pages for all known tokens are taken at once, so that a prompt never stops half-way for want of memory.
-        self.waiting.popleft()
+        self.waiting.pop()
+        if not request.scheduled_at:
+            self.waiting.charge(request, prompt=request.num_prompt_tokens)
         request.slot = self.memory.admit(len(request.token_ids))
         request.num_prefill_tokens = len(request.token_ids)
         self.running.append(request)
@@ -110,5 +112,5 @@ class Scheduler:
         self.memory.release(request.slot)
         request.slot = None
         request.num_computed_tokens = request.num_prefill_tokens = 0
-        self.waiting.appendleft(request)
+        self.waiting.push_front(request)
         self.num_preemptions += 1

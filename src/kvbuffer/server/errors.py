@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from kvbuffer.engine.async_engine import EngineStoppedError
-from kvbuffer.errors import CapacityError, InvalidRequestError, KVBufferError
+from kvbuffer.errors import CapacityError, InvalidRequestError, KVBufferError, QueueFullError
 
 
 class APIError(Exception):
@@ -22,29 +22,43 @@ class APIError(Exception):
         status: the HTTP status code.
         param: the request field at fault, or None.
         code: OpenAI's machine-readable code, or None.
+        headers: HTTP headers of the answer.
     """
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.headers = headers
 
     def body(self) -> bytes:
         """Return the JSON body, in ASCII: a refused string may hold surrogates, which UTF-8 cannot carry."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            kind = "rate_limit_error"
         fields = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": fields}).encode("ascii")
 
-    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+    def response(self) -> Response:
         """Return the whole HTTP answer."""
-        return Response(self.body(), self.status, headers, media_type="application/json")
+        return Response(self.body(), self.status, self.headers, media_type="application/json")
 
 
 def from_kvbuffer_error(error: KVBufferError) -> APIError:
     """Translate an error of this package."""
     if isinstance(error, InvalidRequestError):
         return APIError(400, str(error), error.param)
+    if isinstance(error, QueueFullError):
+        headers = {"Retry-After": str(error.retry_after_s)}
+        return APIError(429, str(error), code="rate_limit_exceeded", headers=headers)
     if isinstance(error, (EngineStoppedError, CapacityError)):
         return APIError(503, str(error), code="service_unavailable")
     return APIError(500, str(error), code="internal_error")
@@ -111,7 +125,7 @@ def install_error_handlers(app: FastAPI) -> None:
             message = f"{request.method} is not allowed for {request.url.path}."
         elif error.status_code == HTTPStatus.BAD_REQUEST and error.__cause__ is not None:
             message = f"The request body is not valid JSON: {error.__cause__}."
-        return APIError(error.status_code, message).response(error.headers)
+        return APIError(error.status_code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def on_bug(_: Request, __: Exception) -> Response:

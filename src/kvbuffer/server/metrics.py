@@ -75,6 +75,14 @@ class EngineCollector(Collector):
         for reason in ("stop", "length", "abort"):
             finished.add_metric([self._model_name, reason], metrics.finished[reason])
         yield finished
+        rejected = CounterMetricFamily(
+            "kvbuffer:request_rejected",
+            "Requests refused with 429 by which limit was reached, the whole queue's or the client's.",
+            labels=["model_name", "reason"],
+        )
+        for reason in ("queue_full", "client_queue_full"):
+            rejected.add_metric([self._model_name, reason], metrics.rejected[reason])
+        yield rejected
         for name, help_text, attribute in _HISTOGRAMS:
             yield _histogram_family(name, help_text, self._model_name, getattr(metrics, attribute))
 

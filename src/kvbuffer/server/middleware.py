@@ -34,8 +34,9 @@ class ApiKeyMiddleware:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not secrets.compare_digest(given, self._expected):
                 message = "Wrong API key." if given else "This server needs an API key: Authorization: Bearer KEY."
-                error = APIError(401, message, code="invalid_api_key")
-                await error.response({"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                headers = {"WWW-Authenticate": "Bearer"}
+                error = APIError(401, message, code="invalid_api_key", headers=headers)
+                await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -55,7 +56,7 @@ class BodyLimitMiddleware:
         message = f"The request body is larger than {self._max_bytes} bytes."
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > self._max_bytes:
-            await APIError(413, message).response({"Connection": "close"})(scope, receive, send)
+            await APIError(413, message, headers={"Connection": "close"}).response()(scope, receive, send)
             return
         received = 0
 

@@ -89,7 +89,6 @@ class SamplingBody(RequestBody):
         "allowed_token_ids": (None,),
         "bad_words": (None, []),
         "best_of": (None, 1),
-        "cache_salt": (None,),
         "guided_choice": (None,),
         "guided_grammar": (None,),
         "guided_json": (None,),
@@ -97,7 +96,6 @@ class SamplingBody(RequestBody):
         "kv_transfer_params": (None,),
         "length_penalty": (None, 1.0),
         "logits_processors": (None,),
-        "priority": (None, 0),
         "prompt_logprobs": (None,),
         "repetition_detection": (None,),
         "return_tokens_as_token_ids": (None, False),
@@ -132,8 +130,13 @@ class SamplingBody(RequestBody):
     #: vLLM: the ids of the tokens beside their text.
     return_token_ids: bool | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    # Accepted because they change nothing that the client receives.
+    priority: int | None = None
+    cache_salt: str | None = None
+    #: Seconds for which the conversation's cache is kept after the answer.
+    cache_ttl: float | None = None
+    #: Clients of the same name share their part of the service.
     user: str | None = None
+    # Accepted because it changes nothing that the client receives.
     metadata: dict[str, str] | None = None
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from kvbuffer.engine.async_engine import AsyncEngine, EngineInput
+from kvbuffer.engine.request import RequestOptions
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.server.chat_protocol import ChatCompletionRequest
 from kvbuffer.server.errors import APIError
@@ -120,7 +121,10 @@ class Serving:
         reply: Reply,
     ) -> Response:
         pairs = [(prompt, params.for_choice(i)) for prompt in prompts for i in range(params.n)]
-        inputs = [EngineInput(f"{reply.request_id}-{i}", prompt, choice) for i, (prompt, choice) in enumerate(pairs)]
+        options = RequestOptions(body.priority or 0, body.user or "", body.cache_salt, body.cache_ttl or 0.0)
+        inputs = [
+            EngineInput(f"{reply.request_id}-{i}", prompt, choice, options) for i, (prompt, choice) in enumerate(pairs)
+        ]
         deltas = await self.engine.submit(inputs)
         if body.stream:
             return EventStream(deltas, reply)
