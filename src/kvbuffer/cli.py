@@ -18,6 +18,7 @@ from kvbuffer.cli_options import (
     BufferLen,
     Dtype,
     DtypeOption,
+    KvOnlyLen,
     LogLevel,
     MaxModelLen,
     MaxNumBatchedTokens,
@@ -25,7 +26,10 @@ from kvbuffer.cli_options import (
     MaxQueueLen,
     Memory,
     Model,
+    PrefixCaching,
+    RecordDtype,
     StateDtype,
+    StateDtypeOption,
     Threads,
     use_config_file,
 )
@@ -63,8 +67,11 @@ def serve(
     max_num_batched_tokens: MaxNumBatchedTokens = defaults.MAX_NUM_BATCHED_TOKENS,
     max_queue_len: MaxQueueLen = defaults.MAX_QUEUE_LEN,
     memory: Memory = None,
-    buffer_len: BufferLen = defaults.BUFFER_LEN,
-    state_dtype: StateDtype = Dtype.AUTO,
+    buffer_len: BufferLen = None,
+    kv_only_len: KvOnlyLen = None,
+    state_dtype: StateDtypeOption = StateDtype.AUTO,
+    record_dtype: RecordDtype = Dtype.AUTO,
+    enable_prefix_caching: PrefixCaching = True,
     threads: Threads = None,
     chat_template: Annotated[
         Path | None,
@@ -99,7 +106,10 @@ def serve(
         max_queue_len=max_queue_len,
         memory=memory,
         buffer_len=buffer_len,
+        kv_only_len=kv_only_len,
         state_dtype=state_dtype.value,
+        record_dtype=record_dtype.value,
+        enable_prefix_caching=enable_prefix_caching,
         threads=threads,
     )
     print(engine.plan.describe())
@@ -138,7 +148,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling; default: the model's.")] = None,
     dtype: DtypeOption = Dtype.AUTO,
     memory: Memory = None,
-    buffer_len: BufferLen = defaults.BUFFER_LEN,
+    buffer_len: BufferLen = None,
     threads: Threads = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
 ) -> None:
@@ -164,7 +174,7 @@ def chat(
     ] = None,
     dtype: DtypeOption = Dtype.AUTO,
     memory: Memory = None,
-    buffer_len: BufferLen = defaults.BUFFER_LEN,
+    buffer_len: BufferLen = None,
     threads: Threads = None,
 ) -> None:
     """Chat in the terminal; Ctrl-C stops a reply, Ctrl-D ends the chat."""
@@ -194,8 +204,11 @@ def info(
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = defaults.MAX_NUM_SEQS,
     memory: Memory = None,
-    buffer_len: BufferLen = defaults.BUFFER_LEN,
-    state_dtype: StateDtype = Dtype.AUTO,
+    buffer_len: BufferLen = None,
+    kv_only_len: KvOnlyLen = None,
+    state_dtype: StateDtypeOption = StateDtype.AUTO,
+    record_dtype: RecordDtype = Dtype.AUTO,
+    enable_prefix_caching: PrefixCaching = True,
 ) -> None:
     """Print the environment, the kernels chosen and why, and MODEL's memory plan and maximum concurrency."""
     import os
@@ -220,7 +233,10 @@ def info(
             max_num_seqs=max_num_seqs,
             memory=memory,
             buffer_len=buffer_len,
+            kv_only_len=kv_only_len,
             state_dtype=state_dtype.value,
+            record_dtype=record_dtype.value,
+            enable_prefix_caching=enable_prefix_caching,
         )
         print(engine.plan.describe())
 

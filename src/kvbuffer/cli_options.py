@@ -20,6 +20,15 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class StateDtype(StrEnum):
+    """Element types of states."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+
 class LogLevel(StrEnum):
     """uvicorn's levels; debug and trace log every request."""
 
@@ -66,7 +75,10 @@ def use_config_file(context: typer.Context, path: Path | None) -> Path | None:
 
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or 'demo' for the embedded model.")]
-StateDtype = Annotated[Dtype, typer.Option(help="Type of linear-attention states; auto is float32.")]
+StateDtypeOption = Annotated[StateDtype, typer.Option(help="Type of linear-attention states; auto is float32.")]
+RecordDtype = Annotated[
+    Dtype, typer.Option(help="Type of keys and values in KV buffers; auto is float32 beside float32 states.")
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Type of weights and activations; auto is the checkpoint's.")]
 MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Context length in tokens; default: the model's.")]
 MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Most requests in one step.")]
@@ -76,5 +88,13 @@ Memory = Annotated[
     int | None,
     typer.Option(parser=parse_size, metavar="SIZE", help="Bytes for states, buffers and caches, as in 8GiB."),
 ]
-BufferLen = Annotated[int, typer.Option(min=1, help="Tokens a KV buffer holds before it is folded.")]
+BufferLen = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens a KV buffer holds before it is folded; default: what is cheapest for each batch."),
+]
+KvOnlyLen = Annotated[
+    int | None,
+    typer.Option(min=0, help="Tokens that a request has before it gets a state; default: as long as that pays."),
+]
+PrefixCaching = Annotated[bool, typer.Option(help="Reuse what earlier requests with the same beginning computed.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")]

@@ -1,116 +1,242 @@
-"""Whatever requests come, grow and go, each one's memory is its own and nothing is lost."""
+"""Whatever requests come, grow, fold, share and go, no block is lost, and nobody writes where another one reads."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from kvbuffer.cache.memory import RequestMemory
-from kvbuffer.cache.plan import attention_pages
+from kvbuffer.cache.memory import Copy, Fold, RequestMemory
+from kvbuffer.cache.plan import MemoryPlan, attention_pages, record_pages
 from tests.support.plans import sized_plan
 
 
-class RequestMemoryMachine(RuleBasedStateMachine):
-    """Admits, grows and releases at random; the model is a dictionary of lengths."""
+def plan(slots: int = 4, pages: int = 20, **options) -> MemoryPlan:
+    return sized_plan(slots, pages, buffer_len=8, kv_only_len=40, **options)
 
-    live = Bundle("live")
+
+def admit(memory: RequestMemory, tokens: list[int]) -> tuple[int, int]:
+    admission = memory.admit(tokens)
+    assert admission is not None
+    return admission
+
+
+def pages(memory: RequestMemory, row: int, count: int) -> list[int]:
+    return memory.attention_table[row, :count].tolist()
+
+
+class TestAdmission:
+    def test_a_short_prompt_takes_no_state(self) -> None:
+        memory = RequestMemory(plan())
+        row, cached = admit(memory, [1] * 40)
+        assert (cached, memory.slot[row], memory.fill[row]) == (0, -1, 0)
+        assert memory.pools.slots.num_used == 0
+        assert memory.pools.record_pages.num_used == record_pages(40)
+        assert memory.pools.attention_pages.num_used == attention_pages(40)
+
+    def test_a_longer_one_takes_a_state_and_room_for_its_last_tokens(self) -> None:
+        memory = RequestMemory(plan())
+        row, _ = admit(memory, [1] * 41)
+        assert memory.slot[row] >= 0
+        assert memory.pools.record_pages.num_used == 1
+        assert memory.work == []
+
+    @pytest.mark.parametrize(("tokens", "slots", "attention"), [(41, 0, 8), (100, 4, 6), (1, 4, 0)])
+    def test_without_memory_nothing_changes(self, tokens: int, slots: int, attention: int) -> None:
+        memory = RequestMemory(plan(slots=4, pages=8))
+        memory.pools.slots.take(4 - slots)
+        memory.pools.attention_pages.take(8 - attention)
+        before = [pool.num_free for pool in memory.pools[:4]]
+        assert memory.admit([1] * tokens) is None
+        assert [pool.num_free for pool in memory.pools[:4]] == before
+        assert memory.rows.num_used == 0
+
+
+class TestSharing:
+    """A prompt of 100 tokens: a state of the first 96, 4 records."""
+
+    tokens: ClassVar = list(range(100))
+
+    def published(self, memory: RequestMemory) -> int:
+        row, _ = admit(memory, self.tokens)
+        memory.fill[row] = 4
+        memory.publish(row, self.tokens)
+        return row
+
+    def test_the_same_prompt_shares_everything_but_its_last_token(self) -> None:
+        memory = RequestMemory(plan())
+        first = self.published(memory)
+        second, cached = admit(memory, self.tokens)
+        assert (cached, memory.fill[second]) == (99, 3)
+        assert memory.slot[second] == memory.slot[first]
+        assert pages(memory, second, 6) == pages(memory, first, 6)
+
+    def test_pages_that_both_will_append_to_are_copied(self) -> None:
+        memory = RequestMemory(plan())
+        first = self.published(memory)
+        memory.work.clear()
+        second, _ = admit(memory, self.tokens)
+        assert set(memory.work) == {
+            Copy("attention_pages", memory.attention_table[first, 6], memory.attention_table[second, 6]),
+            Copy("record_pages", memory.record_table[first, 0], memory.record_table[second, 0]),
+            Copy("rings", memory.work[1].source, memory.ring[second]),  # type: ignore[union-attr]
+        }
+        assert memory.record_table[first, 0] != memory.record_table[second, 0]
+
+    def test_a_shared_state_is_folded_into_another_slot(self) -> None:
+        memory = RequestMemory(plan())
+        row = self.published(memory)
+        shared, page = int(memory.slot[row]), int(memory.record_table[row, 0])
+        assert not memory.folds_in_place(row)
+        assert memory.own_state(row)
+        assert memory.slot[row] != shared
+        assert memory.work[-1] == Fold(shared, int(memory.slot[row]), (page,), 4)
+        assert admit(memory, self.tokens)[1] == 99
+
+    def test_without_another_slot_the_prefix_gives_up_its_state(self) -> None:
+        memory = RequestMemory(dataclasses.replace(plan(), num_slots=1))
+        row = self.published(memory)
+        shared = int(memory.slot[row])
+        assert memory.own_state(row)
+        assert memory.slot[row] == shared
+        assert memory.prefixes is not None
+        assert memory.prefixes.match(self.tokens, None, 99).num_tokens == 0
+
+    def test_an_own_state_without_records_needs_no_work(self) -> None:
+        memory = RequestMemory(plan())
+        row, _ = admit(memory, self.tokens)
+        assert memory.own_state(row)
+        assert memory.work == []
+
+    def test_a_longer_prompt_continues_from_a_copy_of_the_state(self) -> None:
+        memory = RequestMemory(plan(pages=60, max_model_len=256))
+        first = self.published(memory)
+        memory.work.clear()
+        second, cached = admit(memory, [*self.tokens, *range(200, 300)])
+        assert (cached, memory.fill[second]) == (100, 0)
+        assert memory.slot[second] != memory.slot[first]
+        page = int(memory.record_table[first, 0])
+        assert Fold(int(memory.slot[first]), int(memory.slot[second]), (page,), 4) in [
+            work if isinstance(work, Copy) else work._replace(pages=(page,)) for work in memory.work
+        ]
+
+    def test_other_salts_share_nothing(self) -> None:
+        memory = RequestMemory(plan())
+        self.published(memory)
+        admission = memory.admit(self.tokens, "someone else")
+        assert admission is not None
+        assert admission[1] == 0
+
+    def test_what_is_published_is_evicted_when_memory_is_wanted(self) -> None:
+        memory = RequestMemory(plan(slots=2, pages=8))
+        row, _ = admit(memory, self.tokens)
+        memory.publish(row, self.tokens, ends=True)
+        memory.release(row)
+        row, cached = admit(memory, [7] * 128)
+        assert cached == 0
+        memory.check_integrity()
+
+    def test_without_prefix_caching_nothing_is_kept(self) -> None:
+        memory = RequestMemory(plan(), prefix_caching=False)
+        row = self.published(memory)
+        memory.release(row)
+        assert all(pool.num_used == 0 for pool in memory.pools[:4])
+
+
+TEXT = np.random.default_rng(0).integers(0, 2, 128).tolist()
+
+
+class RequestMemoryMachine(RuleBasedStateMachine):
+    """Admits, grows, folds, publishes and releases at random, with few texts that share long beginnings."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.plan = sized_plan(slots=4, pages=11, buffer_len=33)
-        self.memory = RequestMemory(self.plan)
-        self.lengths: dict[int, int] = {}
+        self.memory = RequestMemory(plan(slots=3, pages=14))
+        self.live: dict[int, list[int]] = {}
 
-    @property
-    def free_pages(self) -> int:
-        return self.plan.num_attention_pages - sum(map(attention_pages, self.lengths.values()))
-
-    @rule(target=live, tokens=st.integers(1, 128))
-    def admit(self, tokens: int) -> int | None:
-        fits = len(self.lengths) < 4 and attention_pages(tokens) <= self.free_pages
-        assert self.memory.can_admit(tokens) == fits
-        if not fits:
-            return None
-        slot = self.memory.admit(tokens)
-        assert slot not in self.lengths
-        assert self.memory.fill[slot] == 0
-        self.lengths[slot] = tokens
-        self.memory.fill[slot] = 3
-        return slot
-
-    @rule(slot=live, extra=st.integers(0, 40))
-    def grow(self, slot: int | None, extra: int) -> None:
-        if slot not in self.lengths:
+    @rule(length=st.integers(1, 120), fork=st.integers(0, 120), end=st.integers(2, 5))
+    def admit(self, length: int, fork: int, end: int) -> None:
+        tokens = [*TEXT[: min(fork, length)], *[end] * (length - fork)]
+        admission = self.memory.admit(tokens)
+        if admission is None:
             return
-        tokens = min(128, self.lengths[slot] + extra)
-        more = attention_pages(tokens) - attention_pages(self.lengths[slot])
-        assert self.memory.can_grow(slot, tokens) == (more <= self.free_pages)
-        if more <= self.free_pages:
-            before = self.pages(slot)
-            self.memory.grow(slot, tokens)
-            self.lengths[slot] = tokens
-            assert self.pages(slot)[: len(before)] == before
+        row, cached = admission
+        assert row not in self.live
+        assert cached < length
+        if self.memory.slot[row] < 0 or cached:
+            grown = int(self.memory.fill[row]) + length - cached
+            if grown <= self.memory.plan.max_records:
+                assert self.memory.extend(row, length, grown)
+                self.memory.fill[row] = grown
+        self.live[row] = tokens
 
-    @rule(slot=consumes(live))
-    def release(self, slot: int | None) -> None:
-        if slot in self.lengths:
-            self.memory.release(slot)
-            del self.lengths[slot]
+    @rule(data=st.data(), count=st.integers(1, 9))
+    def decode(self, data: st.DataObject, count: int) -> None:
+        for row in self.some_row(data):
+            tokens, fill = self.live[row], int(self.memory.fill[row])
+            if len(tokens) + count > 128 or fill + count > self.memory.plan.max_records:
+                continue
+            if self.memory.extend(row, len(tokens) + count, fill + count):
+                first = fill // 16
+                written = self.memory.record_table[row, first : record_pages(fill + count)].tolist()
+                own = [self.memory.pools.record_pages.references(page) for page in written]
+                kept = [self.memory.pools.record_pages.kept(page) for page in written]
+                assert [a - b for a, b in zip(own, kept, strict=True)] == [1] * len(written)
+                self.live[row] = [*tokens, *[1] * count]
+                self.memory.fill[row] += count
 
-    def pages(self, slot: int) -> list[int]:
-        return self.memory.attention_table[slot, : attention_pages(self.lengths[slot])].tolist()
+    @rule(data=st.data())
+    def fold(self, data: st.DataObject) -> None:
+        for row in self.some_row(data):
+            if self.memory.fill[row] and self.memory.folds_in_place(row):
+                self.memory.folded(row)
+            elif self.memory.own_state(row):
+                assert self.memory.pools.slots.references(int(self.memory.slot[row])) == 1
+                assert self.memory.fill[row] == 0
+
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        for row in self.some_row(data):
+            self.memory.publish(row, self.live[row])
+
+    @rule(data=st.data(), publish=st.booleans())
+    def release(self, data: st.DataObject, publish: bool) -> None:
+        for row in self.some_row(data):
+            tokens = self.live.pop(row)
+            if publish:
+                self.memory.publish(row, tokens, ends=True)
+            self.memory.release(row)
+
+    def some_row(self, data: st.DataObject) -> list[int]:
+        return [data.draw(st.sampled_from(sorted(self.live)))] if self.live else []
 
     @invariant()
     def the_books_balance(self) -> None:
         self.memory.check_integrity()
-        assert self.memory.slots.num_used == len(self.lengths)
-        assert self.memory.attention_pages.num_free == self.free_pages
 
-    @invariant()
-    def no_page_has_two_owners(self) -> None:
-        pages = [page for slot in self.lengths for page in self.pages(slot)]
-        records = [page for slot in self.lengths for page in self.memory.record_table[slot].tolist()]
-        for held, size in ((pages, self.plan.num_attention_pages), (records, self.plan.num_record_pages)):
-            assert len(set(held)) == len(held)
-            assert all(0 <= page < size for page in held)
+    def teardown(self) -> None:
+        for row in list(self.live):
+            self.memory.release(row)
+        assert self.memory.prefixes is not None
+        self.memory.prefixes.clear()
+        assert all(pool.num_used == 0 for pool in self.memory.pools[:4])
 
 
-TestRequestMemory = RequestMemoryMachine.TestCase
-TestRequestMemory.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+def test_any_order_of_events_keeps_the_books() -> None:
+    run_state_machine_as_test(
+        RequestMemoryMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
+    )
 
 
-def test_asking_changes_nothing() -> None:
-    memory = RequestMemory(sized_plan(slots=2, pages=4))
-    slot = memory.admit(17)
-    table = memory.attention_table.copy()
-    assert memory.can_admit(32)
-    assert not memory.can_admit(33)
-    assert memory.can_grow(slot, 64)
-    assert not memory.can_grow(slot, 65)
-    assert np.array_equal(table, memory.attention_table)
-    assert memory.attention_pages.num_used == 2
-
-
-def test_a_slot_is_needed_even_when_pages_are_free() -> None:
-    memory = RequestMemory(sized_plan(slots=1, pages=100))
-    memory.admit(1)
-    assert not memory.can_admit(1)
-
-
-def test_releasing_twice_is_an_error() -> None:
-    memory = RequestMemory(sized_plan(slots=2, pages=4))
-    slot = memory.admit(20)
-    memory.release(slot)
-    with pytest.raises(RuntimeError, match="not in use"):
-        memory.release(slot)
-
-
-def test_check_integrity_finds_pages_that_no_request_holds() -> None:
-    memory = RequestMemory(sized_plan(slots=2, pages=4))
-    memory.admit(20)
-    memory.attention_pages.take(1)
-    with pytest.raises(RuntimeError, match="attention pages in use"):
+@pytest.mark.parametrize("pool", range(4))
+def test_check_integrity_finds_a_lost_block(pool: int) -> None:
+    memory = RequestMemory(plan())
+    admit(memory, [1] * 60)
+    memory.pools[pool].take(1)
+    with pytest.raises(RuntimeError, match="not held by just the requests"):
         memory.check_integrity()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbuffer.cache.memory import RequestMemory
-from kvbuffer.cache.plan import MemoryPlan, attention_pages, default_budget
+from kvbuffer.cache.plan import BUFFER_SLACK, MemoryPlan, attention_pages, default_budget
 from kvbuffer.cache.store import allocate
 from kvbuffer.errors import CapacityError, ConfigError
 from tests.support.plans import plan_for, shape
@@ -19,8 +19,8 @@ MIB = 1 << 20
 def admitted(plan: MemoryPlan, tokens: int) -> int:
     """Requests of ``tokens`` tokens that really get memory."""
     memory, count = RequestMemory(plan), 0
-    while memory.can_admit(tokens):
-        memory.admit(tokens)
+    records = plan.buffer_len + BUFFER_SLACK if plan.starts_with_state(tokens) else tokens
+    while (admission := memory.admit([count] * tokens)) is not None and memory.extend(admission[0], tokens, records):
         count += 1
     memory.check_integrity()
     return count
@@ -31,27 +31,37 @@ def admitted(plan: MemoryPlan, tokens: int) -> int:
     max_model_len=st.none() | st.integers(2, 4096),
     max_num_seqs=st.integers(1, 300),
     buffer_len=st.integers(1, 70),
+    kv_only_len=st.integers(0, 70),
+    prefix_caching=st.booleans(),
     linear=st.integers(0, 3),
     attention=st.integers(0, 2),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_plans_keep_their_promises(
-    budget: int, max_model_len: int | None, max_num_seqs: int, buffer_len: int, linear: int, attention: int, dtype
+    budget: int,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    buffer_len: int,
+    kv_only_len: int,
+    prefix_caching: bool,
+    linear: int,
+    attention: int,
+    dtype: torch.dtype,
 ) -> None:
     if linear + attention == 0:
         return
-    options = {"max_num_seqs": max_num_seqs, "buffer_len": buffer_len, "dtype": dtype}
+    options = {"max_num_seqs": max_num_seqs, "buffer_len": buffer_len, "kv_only_len": kv_only_len, "dtype": dtype}
     try:
-        plan = plan_for(shape(linear, attention), budget, max_model_len=max_model_len, **options)
+        lengths = {"max_model_len": max_model_len, "prefix_caching": prefix_caching}
+        plan = plan_for(shape(linear, attention), budget, **lengths, **options)
     except CapacityError:
         return
     assert plan.total_bytes <= budget
-    assert 1 <= plan.num_slots <= max_num_seqs
+    assert plan.num_slots >= 1
     assert plan.max_model_len == (max_model_len or plan.max_model_len) <= 4096
     assert plan.num_attention_pages >= attention_pages(plan.max_model_len)
     for length in {1, min(16, plan.max_model_len), min(17, plan.max_model_len), plan.max_model_len}:
         assert plan.max_concurrency(length) == admitted(plan, length) >= 1
-    assert plan.record_pages_per_slot * plan.record_page_size >= buffer_len
 
 
 @pytest.mark.parametrize(("linear", "attention"), [(3, 1), (2, 0), (0, 2)])
@@ -75,7 +85,7 @@ def test_a_budget_too_small_says_how_much_is_needed_and_what_to_do() -> None:
 
 
 def test_the_least_budget_is_the_one_the_error_names() -> None:
-    plan = plan_for(shape(), max_model_len=512, max_num_seqs=1)
+    plan = plan_for(shape(), max_model_len=512, max_num_seqs=1, prefix_caching=False)
     assert plan_for(shape(), plan.total_bytes, max_model_len=512).num_slots == 1
     with pytest.raises(CapacityError):
         plan_for(shape(), plan.total_bytes - 1, max_model_len=512)
@@ -95,16 +105,17 @@ def test_the_limit_named_is_the_one_that_binds() -> None:
     assert (roomy.max_concurrency(256), roomy.binding_limit(256)) == (4, "--max-num-seqs")
     few_pages = plan_for(shape(), 4 * MIB, max_num_seqs=64)
     assert few_pages.binding_limit(few_pages.max_model_len) == "attention pages (--memory)"
-    few_slots = plan_for(shape(), 4 * MIB, max_num_seqs=1000, max_model_len=64)
-    assert few_slots.max_concurrency(1) == few_slots.num_slots < 1000
-    assert few_slots.binding_limit(1) == "state slots (--memory)"
+    few_slots = plan_for(shape(), 4 * MIB, max_num_seqs=1000, max_model_len=64, prefix_caching=False)
+    assert few_slots.max_concurrency(64) == few_slots.num_slots < 1000
+    assert few_slots.binding_limit(64) == "state slots (--memory)"
+    assert few_slots.binding_limit(1) == "rings (--memory)"  # so short a request has no state
 
 
 def test_without_attention_layers_length_costs_nothing() -> None:
-    plan = plan_for(shape(attention=0), MIB, max_num_seqs=1000)
-    assert plan.attention_page_bytes == 0
+    plan = plan_for(shape(attention=0), MIB, max_num_seqs=1000, kv_only_len=0, prefix_caching=False)
+    assert plan.block_bytes.attention_page == 0
     assert plan.max_model_len == 4096
-    assert plan.max_concurrency(1) == plan.max_concurrency(4096) == plan.num_slots > 1
+    assert plan.max_concurrency(17) == plan.max_concurrency(4096) == plan.num_slots > 1
     assert plan.binding_limit(4096) == "state slots (--memory)"
 
 
@@ -121,7 +132,7 @@ def test_describe_tells_the_pools_and_the_true_concurrency() -> None:
     text = plan.describe()
     assert f"{plan.num_slots} state slots" in text
     assert f"{plan.num_attention_pages} attention pages" in text
-    assert "buffers of 16 tokens, pages of 16" in text
+    assert "buffers of up to 16 tokens, no state before 24" in text
     for length in (128, 2048, 4096):
         assert f"{plan.max_concurrency(length)} requests of {length} tokens (limited by " in text
     assert plan_for(shape(), max_model_len=100).describe().count("requests of") == 1

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvbuffer.cache.pools import POOL_KINDS, PoolKind
 from kvbuffer.cache.snapshot import Snapshot
 from kvbuffer.cache.store import allocate
-from kvbuffer.cache.transfer import BlockKind, Caches, block_layout, block_tensors, copy_blocks, extract, restore
+from kvbuffer.cache.transfer import Caches, block_layout, block_tensors, copy_blocks, extract, restore
 from tests.support.plans import plan_for, shape
 
 STATES = [torch.float32, torch.bfloat16, torch.int8]
@@ -35,7 +36,7 @@ def caches_of(
 
 
 def tensors_of(caches: Caches) -> list[Tensor]:
-    return [tensor for kind in BlockKind for tensor in block_tensors(caches, kind)]
+    return [tensor for kind in POOL_KINDS for tensor in block_tensors(caches, kind)]
 
 
 def bits(tensors: list[Tensor]) -> list[Tensor]:
@@ -48,21 +49,19 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 
 def test_every_tensor_belongs_to_one_kind(rng: torch.Generator) -> None:
     caches = caches_of(rng, linear=2, attention=3, state=torch.int8)
-    counts = {kind: len(block_tensors(caches, kind)) for kind in BlockKind}
+    counts = {kind: len(block_tensors(caches, kind)) for kind in POOL_KINDS}
     assert counts == {
-        BlockKind.ATTENTION_PAGE: 3,
-        BlockKind.STATE: 2 * 2,  # with their scales
-        BlockKind.RING: 2,
-        BlockKind.RECORD_PAGE: 2 * 3,
+        "attention_pages": 3,
+        "slots": 2 * 2,  # with their scales
+        "rings": 2,
+        "record_pages": 2 * 3,
     }
     assert len({tensor.data_ptr() for tensor in tensors_of(caches)}) == sum(counts.values())
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("kind", BlockKind)
-def test_copying_changes_the_targets_and_nothing_else(
-    rng: torch.Generator, kind: BlockKind, state: torch.dtype
-) -> None:
+@pytest.mark.parametrize("kind", POOL_KINDS)
+def test_copying_changes_the_targets_and_nothing_else(rng: torch.Generator, kind: PoolKind, state: torch.dtype) -> None:
     caches = caches_of(rng, state=state, dtype=torch.bfloat16)
     expected = bits(tensors_of(caches))
     for tensor, before in zip(tensors_of(caches), expected, strict=True):
@@ -74,22 +73,22 @@ def test_copying_changes_the_targets_and_nothing_else(
 
 def test_blocks_may_be_source_and_target_at_once(rng: torch.Generator) -> None:
     caches = caches_of(rng)
-    pages = block_tensors(caches, BlockKind.ATTENTION_PAGE)
+    pages = block_tensors(caches, "attention_pages")
     expected = bits([page[[2, 1, 0]] for page in pages])
-    copy_blocks(caches, BlockKind.ATTENTION_PAGE, [0, 1, 2], [2, 1, 0])
+    copy_blocks(caches, "attention_pages", [0, 1, 2], [2, 1, 0])
     assert same(bits([page[:3] for page in pages]), expected)
 
 
 def test_copying_nothing_changes_nothing(rng: torch.Generator) -> None:
     caches = caches_of(rng)
     before = bits(tensors_of(caches))
-    copy_blocks(caches, BlockKind.RECORD_PAGE, [], [])
+    copy_blocks(caches, "record_pages", [], [])
     assert same(bits(tensors_of(caches)), before)
 
 
 def test_every_source_needs_a_target(rng: torch.Generator) -> None:
     with pytest.raises(RuntimeError, match="2 blocks cannot be copied to 1"):
-        copy_blocks(caches_of(rng), BlockKind.RING, [0, 1], [2])
+        copy_blocks(caches_of(rng), "rings", [0, 1], [2])
 
 
 @pytest.mark.parametrize("slot", [None, 3])
@@ -105,12 +104,12 @@ def test_what_is_extracted_is_restored_into_other_blocks(
 
     expected = bits(tensors_of(caches))
     moves = {
-        BlockKind.ATTENTION_PAGE: ([8, 3, 0], [1, 2, 3]),
-        BlockKind.STATE: ([], []) if slot is None else ([3], [0]),
-        BlockKind.RING: ([1], [4]),
-        BlockKind.RECORD_PAGE: ([7, 2], [5, 11]),
+        "attention_pages": ([8, 3, 0], [1, 2, 3]),
+        "slots": ([], []) if slot is None else ([3], [0]),
+        "rings": ([1], [4]),
+        "record_pages": ([7, 2], [5, 11]),
     }
-    kinds = [kind for kind in BlockKind for _ in block_tensors(caches, kind)]
+    kinds = [kind for kind in POOL_KINDS for _ in block_tensors(caches, kind)]
     for kind, before in zip(kinds, expected, strict=True):
         sources, targets = moves[kind]
         before[targets] = before[sources].clone()

@@ -53,6 +53,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self, engine: Engine, expected: list[list[int]]) -> None:
         super().__init__()
+        engine.reset_prefix_cache()  # examples do not depend on each other
         self.engine, self.expected = engine, expected
         self.outputs = Outputs()
         self.live: dict[str, list[int]] = {}

@@ -2,54 +2,79 @@
 
 from __future__ import annotations
 
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
+from kvbuffer.engine.forms import FormPolicy, folds_due
 from kvbuffer.engine.request import Request
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.sampling_state import SamplingState
-from kvbuffer.engine.scheduler import ScheduledRequest, Scheduler
+from kvbuffer.engine.scheduler import Scheduler, Segment
+from kvbuffer.models.inputs import LinearForm
+from kvbuffer.ops.cost import Bandwidth, Costs, LayerShape
+from kvbuffer.ops.rule import GATED_DELTANET
 from tests.support.plans import sized_plan
 
 PARAMS = SamplingParams()
+KV_ONLY_LEN = 24
 
 
-def request(name: str, prompt_len: int, max_tokens: int = 8) -> Request:
-    state, text = SamplingState(PARAMS, [], []), IncrementalDetokenizer(None, PARAMS)  # type: ignore[arg-type]
-    return Request(name, PARAMS, [0] * prompt_len, prompt_len, prompt_len + max_tokens, state, text)
+def request(name: str, prompt_len: int, max_tokens: int = 8, text: str | None = None) -> Request:
+    """A request whose prompt begins like that of no other, unless it has the same ``text``."""
+    state, detokenizer = SamplingState(PARAMS, [], []), IncrementalDetokenizer(None, PARAMS)  # type: ignore[arg-type]
+    prompt = [zlib.crc32((text or name).encode())] * prompt_len
+    return Request(name, PARAMS, prompt, prompt_len, prompt_len + max_tokens, state, detokenizer)
 
 
-def scheduler(slots: int = 8, pages: int = 1000, budget: int = 128, max_model_len: int = 512) -> Scheduler:
-    return Scheduler(RequestMemory(sized_plan(slots, pages, max_model_len)), budget)
+def scheduler(
+    slots: int = 8, pages: int = 1000, budget: int = 128, max_model_len: int = 512, buffer_len: int = 16
+) -> Scheduler:
+    plan = sized_plan(slots, pages, max_model_len, buffer_len=buffer_len, kv_only_len=KV_ONLY_LEN)
+    layer = LayerShape(GATED_DELTANET, 2, 4, 16, 32)
+    forms = FormPolicy(layer, Costs(Bandwidth(1e9, 1e9)), buffer_len, KV_ONLY_LEN, plan.max_num_seqs)
+    return Scheduler(RequestMemory(plan), forms, budget)
 
 
-def step(scheduler: Scheduler) -> list[ScheduledRequest]:
+def step(scheduler: Scheduler) -> list[Segment]:
     """Do what the engine does with a scheduled step, every request ending at its ``max_len``."""
     batch = scheduler.schedule()
-    for request, count in batch:
-        request.num_computed_tokens += count
-        if request.num_computed_tokens == len(request.token_ids):
-            request.token_ids.append(0)
-            if len(request.token_ids) >= request.max_len:
-                scheduler.finish(request)
+    for request in scheduler.commit(batch):
+        scheduler.publish(request)
+        request.token_ids.append(0)
+        if len(request.token_ids) >= request.max_len:
+            scheduler.finish(request)
     scheduler.memory.check_integrity()
     return batch
 
 
-def steps(scheduler: Scheduler) -> Iterator[list[ScheduledRequest]]:
+def steps(scheduler: Scheduler) -> Iterator[list[Segment]]:
     while scheduler.waiting or scheduler.running:
         batch = step(scheduler)
         assert batch, "no progress"
         yield batch
 
 
-def shares(batch: list[ScheduledRequest]) -> dict[str, int]:
-    return {request.request_id: count for request, count in batch}
+def shares(batch: list[Segment]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for segment in batch:
+        counts[segment.request.request_id] += segment.num_tokens
+    return dict(counts)
+
+
+def forms(batch: list[Segment]) -> list[tuple[str, int, str]]:
+    return [(s.request.request_id, s.num_tokens, s.form.name) for s in batch]
+
+
+def idle(scheduler: Scheduler) -> bool:
+    return all(pool.num_used == pool.num_idle for pool in scheduler.memory.pools[:4])
 
 
 def test_an_idle_scheduler_schedules_nothing() -> None:
@@ -78,7 +103,7 @@ def test_decodes_come_first_and_prompts_take_what_is_left() -> None:
     s.add(request("long", 300))
     batch = step(s)
     assert shares(batch) == {"a": 1, "b": 1, "c": 1, "long": 64}
-    assert [r.request.request_id for r in batch][-1] == "long"
+    assert forms(batch)[-1] == ("long", 64, "CHUNKED")
 
 
 def test_decodes_go_on_behind_any_number_of_prompts() -> None:
@@ -102,11 +127,11 @@ def test_prompts_are_served_in_order_of_arrival() -> None:
 
 def test_a_slot_that_is_missing_keeps_a_request_waiting() -> None:
     s = scheduler(slots=1)
-    s.add(request("a", 5, max_tokens=2))
-    s.add(request("b", 5))
-    assert shares(step(s)) == {"a": 5}
+    s.add(request("a", 30, max_tokens=2))
+    s.add(request("b", 30))
+    assert shares(step(s)) == {"a": 30}
     assert shares(step(s)) == {"a": 1}
-    assert shares(step(s)) == {"b": 5}
+    assert shares(step(s)) == {"b": 30}
 
 
 def test_pages_for_the_whole_prompt_are_taken_at_once() -> None:
@@ -114,7 +139,7 @@ def test_pages_for_the_whole_prompt_are_taken_at_once() -> None:
     s.add(request("a", 300))  # 19 pages, though only 64 tokens are computed now
     s.add(request("b", 17))
     step(s)
-    assert s.memory.attention_pages.num_used == 19
+    assert s.memory.pools.attention_pages.num_used == 19
     assert [r.request_id for r in s.waiting] == ["b"]
 
 
@@ -142,12 +167,12 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
 
 def test_a_preempted_request_computes_all_its_tokens_again() -> None:
     s = scheduler(pages=4)
-    a, b = request("a", 16, max_tokens=40), request("b", 14, max_tokens=30)
-    s.add(a)
+    b = request("b", 14, max_tokens=30)
+    s.add(request("a", 16, max_tokens=40))
     s.add(b)
     again = []
     for batch in steps(s):
-        again += [count for r, count in batch if r is b and count > 1]
+        again += [count for name, count in shares(batch).items() if name == "b" and count > 1]
     assert again[0] == 14
     assert again[1] > 14
     assert len(b.token_ids) == 44
@@ -166,17 +191,17 @@ def test_finishing_frees_everything_at_any_moment(state: str) -> None:
         step(s)
     if state in ("decoding", "preempted"):
         step(s)
-    while state == "preempted" and victim.slot is not None:
+    while state == "preempted" and victim.row is not None:
         step(s)
-    assert (victim.slot is None) == (state in ("waiting", "preempted"))
-    if victim.slot is not None:
+    assert (victim.row is None) == (state in ("waiting", "preempted"))
+    if victim.row is not None:
         assert victim.is_prefilling == (state == "prefilling")
     s.finish(victim)
-    assert victim.slot is None
+    assert victim.row is None
     s.memory.check_integrity()
     for _ in steps(s):
         pass
-    assert s.memory.slots.num_used == s.memory.attention_pages.num_used == 0
+    assert idle(s)
 
 
 @settings(max_examples=60, deadline=None)
@@ -198,18 +223,15 @@ def test_every_request_ends_within_budget(slots: int, extra_pages: int, budget: 
         decoding = [r for r in s.running if not r.is_prefilling]
         batch = step(s)
         # Over the budget only by letting one chunk in beside the requests that decode.
-        assert sum(count for _, count in batch) <= max(budget, len(decoding) + 64)
-        assert len({r.request_id for r, _ in batch}) == len(batch)
-        kinds = [count == 1 and r in decoding for r, count in batch]
-        assert kinds == sorted(kinds, reverse=True)  # decodes first
-        for r, _ in batch:
-            whole = r.num_computed_tokens >= r.num_prefill_tokens
-            assert whole or r.num_computed_tokens % 64 == 0
-        assert all(r in [b.request for b in batch] or r.slot is None for r in decoding)
+        assert sum(segment.num_tokens for segment in batch) <= max(budget, len(decoding) + 64)
+        assert [segment.form for segment in batch] == sorted(segment.form for segment in batch)
+        for segment in batch:
+            assert (segment.request in decoding) == (segment.form in (LinearForm.RECURRENT, LinearForm.BUFFERED))
+        assert all(r in [b.request for b in batch] or r.row is None for r in decoding)
         if not (pending or s.running or s.waiting):
             break
     assert [len(r.token_ids) for r, _ in arrivals] == [r.max_len for r, _ in arrivals]
-    assert s.memory.slots.num_used == s.memory.attention_pages.num_used == 0
+    assert idle(s)
 
 
 def test_a_long_prompt_never_starves_behind_decodes() -> None:
@@ -218,6 +240,63 @@ def test_a_long_prompt_never_starves_behind_decodes() -> None:
     s.add(request("decoding", 10, 100))
     step(s)
     s.add(request("long", 200, 1))
-    counts = [{r.request_id: count for r, count in step(s)} for _ in range(4)]
+    counts = [shares(step(s)) for _ in range(4)]
     assert [c["decoding"] for c in counts] == [1, 1, 1, 1]
     assert [c["long"] for c in counts] == [64, 64, 64, 8]
+
+
+class TestForms:
+    def test_the_end_of_a_prompt_goes_into_the_buffer(self) -> None:
+        """So that the state before it stays at hand; the state ends at a multiple of 16."""
+        s = scheduler()
+        s.add(request("a", 100))
+        assert forms(step(s)) == [("a", 96, "CHUNKED"), ("a", 4, "APPENDED")]
+
+    @pytest.mark.parametrize("length", [1, KV_ONLY_LEN])
+    def test_a_short_prompt_is_only_records(self, length: int) -> None:
+        s = scheduler()
+        s.add(request("a", length))
+        assert forms(step(s)) == [("a", length, "APPENDED")]
+        assert s.memory.pools.slots.num_used == 0
+
+    def test_a_budget_that_ends_before_the_prompt_leaves_its_end_to_the_next_step(self) -> None:
+        s = scheduler(budget=100)
+        s.add(request("a", 110))
+        assert forms(step(s)) == [("a", 64, "CHUNKED")]
+        assert forms(step(s)) == [("a", 32, "CHUNKED"), ("a", 14, "APPENDED")]
+
+    def test_the_same_prompt_again_computes_one_token(self) -> None:
+        s = scheduler()
+        s.add(request("a", 100, text="same"))
+        step(s)
+        s.add(request("b", 100, text="same"))
+        assert forms(step(s)) == [("a", 1, "BUFFERED"), ("b", 1, "APPENDED")]
+        assert s.running[1].num_cached_tokens == 99
+
+    def test_buffer_length_0_is_the_recurrence(self) -> None:
+        s = scheduler()
+        s.forms.buffer_len = lambda batch: 0  # type: ignore[method-assign]
+        s.add(request("a", 40, max_tokens=4))
+        step(s)
+        assert [forms(batch) for batch in steps(s)] == [[("a", 1, "RECURRENT")]] * 3
+
+    def test_requests_that_began_together_fold_one_after_the_other(self) -> None:
+        s = scheduler(slots=32, budget=512)
+        for i in range(8):
+            s.add(request(f"r{i}", 17, max_tokens=80))
+        folds, previous = [], 0
+        for _ in steps(s):
+            folds.append(s.num_folds - previous)
+            previous = s.num_folds
+        assert max(folds) == 1
+        assert sum(folds) >= 8 * 4
+
+
+def test_folds_due_are_the_most_overdue_and_keep_pace() -> None:
+    def due(*overdue: int) -> set[int]:
+        return folds_due(np.array(overdue, np.int32), 4)
+
+    assert due() == set()
+    assert due(-1, -2) == set()
+    assert due(0, 3, 1) == {1}
+    assert due(*[5] * 9) == {0, 1, 2}

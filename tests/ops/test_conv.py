@@ -12,6 +12,7 @@ from kvbuffer.ops.conv import causal_conv
 # One lane, a vector and its odd rest, more than one task's block of channels.
 CHANNELS = [1, 7, 33, 531]
 W = 4
+RING = 8
 
 
 def definition(x: Tensor, weight: Tensor) -> Tensor:
@@ -31,17 +32,16 @@ def int32(values: list[int]) -> Tensor:
 class Stream:
     """Sequences that are fed to :func:`causal_conv` in parts; the pool starts poisoned."""
 
-    def __init__(self, xs: list[Tensor], weight: Tensor, rng: Generator) -> None:
+    def __init__(self, xs: list[Tensor], weight: Tensor, rng: Generator, dtype: torch.dtype = torch.float32) -> None:
         self.xs, self.weight = xs, weight
-        self.slots = torch.randperm(len(xs) + 2, generator=rng)[: len(xs)].int()
-        self.state = torch.full((len(xs) + 2, weight.shape[0] - 1, weight.shape[1]), float("nan"))
+        self.rings = torch.randperm(len(xs) + 2, generator=rng)[: len(xs)].int()
+        self.pool = torch.full((len(xs) + 2, RING, weight.shape[1]), float("nan"), dtype=dtype)
         self.done = [0] * len(xs)
 
     def feed(self, counts: list[int]) -> list[Tensor]:
         parts = [x[d : d + n] for x, d, n in zip(self.xs, self.done, counts, strict=True)]
-        fresh = torch.tensor([d == 0 for d in self.done], dtype=torch.uint8)
         borders = int32([0, *torch.tensor(counts).cumsum(0).tolist()])
-        out = causal_conv(torch.cat(parts), self.weight, self.state, self.slots, borders, fresh)
+        out = causal_conv(torch.cat(parts), self.weight, self.pool, self.rings, borders, int32(self.done))
         assert out.dtype == torch.float32
         self.done = [d + n for d, n in zip(self.done, counts, strict=True)]
         return list(out.split(counts))
@@ -88,34 +88,69 @@ def same(backend: str, actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
-def test_the_last_inputs_are_kept_and_nothing_else_is_touched(
+@pytest.mark.parametrize("length", [1, 2, 5, 9, 14])
+def test_a_position_lies_in_its_row_of_the_ring_and_nothing_else_is_touched(
     backend: str, rng: Generator, taps: int, length: int
 ) -> None:
-    """Also when a sequence is shorter than what is kept: zeros, as before its start, then all its inputs."""
     x, weight = torch.randn(length, 5, generator=rng), torch.randn(taps, 5, generator=rng)
     stream = Stream([x], weight, rng)
     (out,) = stream.feed([length])
-    slot = int(stream.slots[0])
-    assert torch.equal(stream.state[slot], F.pad(x, (0, 0, taps - 1, 0))[length:])
-    assert stream.state[[s for s in range(3) if s != slot]].isnan().all()
+    ring = int(stream.rings[0])
+    for row in range(RING):
+        positions = [p for p in range(length) if p % RING == row]
+        kept = stream.pool[ring, row]
+        assert torch.equal(kept, x[positions[-1]]) if positions else kept.isnan().all()
+    assert stream.pool[[r for r in range(3) if r != ring]].isnan().all()
     torch.testing.assert_close(out.double(), definition(x, weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rejected", range(RING - W + 2))
+def test_rejected_tokens_need_no_undoing(backend: str, rng: Generator, rejected: int) -> None:
+    """As many as the ring is longer than what the taps reach back to."""
+    (x,), weight = sequences([20], 7, rng)
+    draft = torch.cat([x[:10], torch.randn(rejected, 7, generator=rng)])
+    stream = Stream([draft], weight, rng)
+    stream.feed([9])
+    stream.feed([1 + rejected])
+    stream.xs, stream.done = [x], [10]
+    (out,) = stream.feed([10])
+    torch.testing.assert_close(out.double(), definition(x, weight)[10:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_later_sequence_goes_on_in_the_ring_of_an_earlier_one(backend: str, rng: Generator) -> None:
+    """The parts of one prompt may be computed in one call, with other requests between them."""
+    (x, other), weight = sequences([600, 4], 300, rng)
+    pool = torch.full((2, RING, 300), float("nan"))
+    out = causal_conv(
+        torch.cat([x[:590], other, x[590:]]), weight, pool, int32([1, 0, 1]), int32([0, 590, 594, 604]),
+        int32([0, 0, 590]),
+    )  # fmt: skip
+    (whole,) = Stream([x], weight, rng).feed([600])
+    same(backend, torch.cat([out[:590], out[594:]]), whole)
+
+
+def test_a_bfloat16_ring_rounds_only_what_it_keeps(backend: str, rng: Generator) -> None:
+    (x,), weight = sequences([30], 37, rng)
+    stream = Stream([x], weight, rng, torch.bfloat16)
+    (first,), (second,) = stream.feed([20]), stream.feed([10])
+    rounded = torch.cat([x[:20].bfloat16().float(), x[20:]])
+    torch.testing.assert_close(first.double(), definition(x, weight)[:20], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second.double(), definition(rounded, weight)[20:], rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_request_keeps_its_inputs(backend: str, rng: Generator) -> None:
     xs, weight = sequences([4, 2], 5, rng)
     stream = Stream(xs, weight, rng)
     stream.feed([3, 2])
-    before = stream.state[stream.slots[1].long()].clone()
+    before = stream.pool[stream.rings[1].long()].nan_to_num()
     stream.feed([1, 0])
-    assert torch.equal(stream.state[stream.slots[1].long()], before)
+    assert torch.equal(stream.pool[stream.rings[1].long()].nan_to_num(), before)
 
 
 def test_rows_may_be_strided(backend: str, rng: Generator) -> None:
     """The inputs are the first columns of a wider projection."""
     wide = torch.randn(6, 50, generator=rng)
     weight = torch.randn(W, 19, generator=rng)
-    state = torch.full((1, W - 1, 19), float("nan"))
-    fresh = torch.ones(1, dtype=torch.uint8)
-    out = causal_conv(wide, weight, state, int32([0]), int32([0, 6]), fresh)
+    pool = torch.full((1, RING, 19), float("nan"))
+    out = causal_conv(wide, weight, pool, int32([0]), int32([0, 6]), int32([0]))
     torch.testing.assert_close(out.double(), definition(wide[:, :19], weight), rtol=1e-5, atol=1e-5)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from kvbuffer.cache.plan import MemoryPlan, plan_memory
+from kvbuffer.cache.plan import RECORD_PAGE_SIZE, MemoryPlan, plan_memory
 from kvbuffer.cache.shapes import CacheShape, LinearShape
 from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.engine import Engine
+from kvbuffer.engine.forms import FormPolicy
 from kvbuffer.engine.request import CompletionDelta
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.tokenizer import Tokenizer
@@ -28,28 +29,47 @@ def shape(linear: int = 3, attention: int = 1, max_position_embeddings: int = 40
 
 def plan_for(cache_shape: CacheShape, budget: int = 1 << 30, **options: Any) -> MemoryPlan:
     """``plan_memory`` in float32 with the options that a test does not care about filled in."""
-    defaults = {"max_model_len": None, "max_num_seqs": 64, "buffer_len": 16}
-    types = {"dtype": torch.float32, "state_dtype": torch.float32}
+    defaults = {
+        "max_model_len": None, "max_num_seqs": 64, "buffer_len": 16, "kv_only_len": 24, "prefix_caching": True
+    }  # fmt: skip
+    types = dict.fromkeys(("dtype", "state_dtype", "record_dtype"), torch.float32)
     return plan_memory(cache_shape, budget=budget, **{**defaults, **types, **options})
 
 
-def sized_plan(slots: int, pages: int, max_model_len: int = 128, buffer_len: int = 16) -> MemoryPlan:
-    """A plan of exactly so many state slots and attention pages."""
-    plan = plan_for(shape(), max_model_len=max_model_len, buffer_len=buffer_len)
-    return dataclasses.replace(plan, num_slots=slots, num_attention_pages=pages)
+def sized_plan(slots: int, pages: int, max_model_len: int = 128, **options: Any) -> MemoryPlan:
+    """A plan of exactly so many state slots, rings and attention pages, and two record pages for each slot."""
+    plan = plan_for(shape(), max_model_len=max_model_len, **options)
+    return _sized(plan, slots, pages)
+
+
+def _sized(plan: MemoryPlan, slots: int, pages: int) -> MemoryPlan:
+    record_pages = slots * -(-plan.max_records // RECORD_PAGE_SIZE)
+    return dataclasses.replace(
+        plan, num_slots=slots, num_rings=slots, num_record_pages=record_pages, num_attention_pages=pages
+    )
 
 
 def sized_engine(
-    folder: Path, slots: int = 8, pages: int = 64, max_model_len: int = 128, buffer_len: int = 4, tokens: int = 128
+    folder: Path,
+    slots: int = 8,
+    pages: int = 64,
+    max_model_len: int = 128,
+    buffer_len: int = 4,
+    kv_only_len: int = 24,
+    tokens: int = 128,
+    **options: Any,
 ) -> Engine:
-    """A float32 engine of exactly so many state slots, attention pages and tokens per step."""
+    """A float32 engine of exactly so many state slots, rings, attention pages and tokens per step."""
     config = EngineConfig(
-        str(folder), dtype="float32", max_num_batched_tokens=tokens, buffer_len=buffer_len, show_progress=False
-    )
+        str(folder), dtype="float32", max_num_batched_tokens=tokens, buffer_len=buffer_len, kv_only_len=kv_only_len,
+        max_num_seqs=64, show_progress=False, **options,
+    )  # fmt: skip
     model = ModelConfig.from_folder(folder)
-    plan = plan_for(model.cache_shape, max_model_len=max_model_len, buffer_len=buffer_len)
-    plan = dataclasses.replace(plan, num_slots=slots, num_attention_pages=pages)
-    return Engine(config, folder, model, plan, Tokenizer(folder))
+    lengths = {"max_model_len": max_model_len, "buffer_len": buffer_len, "kv_only_len": kv_only_len}
+    plan = plan_for(model.cache_shape, **lengths, prefix_caching=config.enable_prefix_caching)
+    float32 = (torch.float32, torch.float32)
+    forms = FormPolicy.for_model(model.cache_shape.linear, *float32, buffer_len, kv_only_len, config.max_num_seqs)
+    return Engine(config, folder, model, _sized(plan, slots, pages), forms, Tokenizer(folder))
 
 
 class Outputs:

@@ -1,74 +1,296 @@
-"""Where each running request's memory lies: its state slot, its record pages, its attention pages."""
+"""Where each request's memory lies: its state slot, its record pages, its ring, its attention pages."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvbuffer.cache.plan import MemoryPlan, attention_pages
+from kvbuffer.cache.plan import BUFFER_SLACK, RECORD_PAGE_SIZE, RING_SLACK, MemoryPlan, attention_pages, record_pages
 from kvbuffer.cache.pool import BlockPool
+from kvbuffer.cache.pools import POOL_KINDS, Blocks, PoolKind, Pools
+from kvbuffer.cache.prefix import PrefixCache, PrefixMatch
+from kvbuffer.cache.snapshot import Snapshot
+
+
+class Copy(NamedTuple):
+    """Work on memory: copy a block, in every layer that has blocks of its kind."""
+
+    kind: PoolKind
+    source: int
+    target: int
+
+
+class Fold(NamedTuple):
+    """Work on memory: fold records into the state of a slot (-1: zero), leaving the result in ``target``."""
+
+    slot: int
+    target: int
+    pages: tuple[int, ...]
+    num_records: int
+
+
+NO_MATCH = PrefixMatch(0, (), None, None, 0, 0)
 
 
 class RequestMemory:
-    """Hands out slots and pages by the plan; page tables are rows of arrays, ready to be gathered into a batch.
+    """Hands out blocks by the plan and shares them with cached prefixes; tables are ready to be gathered into a batch.
+
+    Every running request has a row in the tables. Its state covers the tokens that its records do not; without a slot
+    (KV only) the records cover all. What a prefix shares is only read: a fold goes to a new slot, and a page that is
+    shared in part is copied before it is appended to. What has to be done to the memory itself is noted in
+    :attr:`work`, in order, for whoever owns the tensors to do before the next step.
+
+    Args:
+        plan: sizes of the pools.
+        prefix_caching: keep the memory of prefixes that requests leave behind.
 
     Attributes:
-        attention_table: [num_slots, pages of the longest request] int32.
-        record_table: [num_slots, record pages per slot] int32.
-        fill: [num_slots] int32, records in each slot's buffer.
+        rows: one per running request.
+        pools: the blocks.
+        prefixes: what is kept of earlier requests; None without prefix caching.
+        slot: [max_num_seqs] int32, state slots; -1 for none.
+        ring: [max_num_seqs] int32, rings.
+        fill: [max_num_seqs] int32, records in each buffer.
+        record_table: [max_num_seqs, record pages of the longest buffer] int32.
+        attention_table: [max_num_seqs, pages of the longest request] int32.
+        work: copies and folds that are still to be done.
     """
 
-    def __init__(self, plan: MemoryPlan) -> None:
+    def __init__(self, plan: MemoryPlan, prefix_caching: bool = True) -> None:
         self.plan = plan
-        self.slots = BlockPool(plan.num_slots, "state slots")
-        self.record_pages = BlockPool(plan.num_record_pages, "record pages")
-        self.attention_pages = BlockPool(plan.num_attention_pages, "attention pages")
-        self.attention_table: npt.NDArray[np.int32] = np.zeros(
-            (plan.num_slots, attention_pages(plan.max_model_len)), np.int32
+        each, seqs = plan.block_bytes, plan.max_num_seqs
+        self.rows = BlockPool(seqs, "rows")
+        self.pools = Pools(
+            BlockPool(plan.num_slots, "state slots"),
+            BlockPool(plan.num_record_pages, "record pages"),
+            BlockPool(plan.num_rings, "rings"),
+            BlockPool(plan.num_attention_pages, "attention pages"),
+            each.slot, each.record_page, each.ring, each.attention_page,
+        )  # fmt: skip
+        self.prefixes = PrefixCache(self.pools) if prefix_caching else None
+        self.slot: npt.NDArray[np.int32] = np.full(seqs, -1, np.int32)
+        self.ring: npt.NDArray[np.int32] = np.zeros(seqs, np.int32)
+        self.fill: npt.NDArray[np.int32] = np.zeros(seqs, np.int32)
+        self.record_table: npt.NDArray[np.int32] = np.zeros((seqs, record_pages(plan.max_records)), np.int32)
+        self.attention_table: npt.NDArray[np.int32] = np.zeros((seqs, attention_pages(plan.max_model_len)), np.int32)
+        self.work: list[Copy | Fold] = []
+        self._num_record_pages = [0] * seqs
+        self._num_attention_pages = [0] * seqs
+
+    def _can_take(self, kind: PoolKind, count: int) -> bool:
+        free = self.pools.by_kind(kind).num_free
+        return count <= free or (self.prefixes is not None and count <= free + self.prefixes.num_evictable(kind))
+
+    def _take(self, kind: PoolKind, count: int) -> list[int]:
+        pool = self.pools.by_kind(kind)
+        if self.prefixes is not None and count > pool.num_free:
+            self.prefixes.evict(kind, count - pool.num_free)
+        return pool.take(count)
+
+    def admit(self, token_ids: Sequence[int], salt: str | None = None) -> tuple[int, int] | None:
+        """Take memory for a request, reusing the longest cached prefix.
+
+        Enough is taken for the computation of all its tokens, so that a prompt never stops half-way for want of memory:
+        attention pages, a state if the tokens are too many for records alone, pages for the records they leave.
+
+        Args:
+            token_ids: all known tokens, at least one.
+            salt: only prefixes that were computed under the same salt are reused.
+
+        Returns:
+            Its row, and how many of the tokens need not be computed; None if memory is short, and nothing changed.
+        """
+        num_tokens = len(token_ids)
+        if not self.rows.num_free:
+            return None
+        match = NO_MATCH if self.prefixes is None else self.prefixes.match(token_ids, salt, num_tokens - 1)
+        cached, snapshot = match.num_tokens, match.snapshot
+        fill = 0 if snapshot is None else cached - snapshot.checkpoint
+        records, kept_pages = fill + num_tokens - cached, fill // RECORD_PAGE_SIZE
+        if snapshot is None or snapshot.slot is None:
+            takes_slot = self.plan.starts_with_state(num_tokens)
+        else:
+            takes_slot = records > self.plan.buffer_len + BUFFER_SLACK
+        if takes_slot:
+            records, kept_pages = min(records, BUFFER_SLACK), 0
+        own_pages = attention_pages(num_tokens) - len(match.attention_pages)
+        self.pools.share(match.blocks)  # so that they do not count as evictable
+        fits = (
+            self._can_take("rings", 1)
+            and self._can_take("slots", int(takes_slot))
+            and self._can_take("record_pages", record_pages(records) - kept_pages)
+            and self._can_take("attention_pages", own_pages)
         )
-        self.record_table: npt.NDArray[np.int32] = np.zeros((plan.num_slots, plan.record_pages_per_slot), np.int32)
-        self.fill: npt.NDArray[np.int32] = np.zeros(plan.num_slots, np.int32)
-        self._num_pages = [0] * plan.num_slots
+        self.pools.give_back(match.blocks)
+        if not fits:
+            return None
+        if self.prefixes is not None:
+            self.prefixes.acquire(match)
+        row = self.rows.take(1)[0]
+        self.slot[row], self.fill[row], self._num_record_pages[row] = -1, 0, 0
+        (self.ring[row],) = self._take("rings", 1)
+        pages = [*match.attention_pages, *self._take("attention_pages", own_pages)]
+        self.attention_table[row, : len(pages)] = pages
+        self._num_attention_pages[row] = len(pages)
+        if match.partial_page is not None:
+            self.work.append(Copy("attention_pages", match.partial_page, pages[len(match.attention_pages)]))
+            self.pools.give_back(Blocks(attention_pages=(match.partial_page,)))
+        if snapshot is not None:
+            self._resume(row, snapshot, fill)
+        if takes_slot and not self.own_state(row):
+            raise RuntimeError("no state slot, though one was free")
+        self._take_record_pages(row, records)
+        return row, cached
 
-    def can_admit(self, tokens: int) -> bool:
-        """Return whether a request that is about to compute ``tokens`` tokens can start. Changes nothing."""
-        return self.slots.num_free > 0 and attention_pages(tokens) <= self.attention_pages.num_free
+    def _resume(self, row: int, snapshot: Snapshot, fill: int) -> None:
+        """Give a row the memory of a snapshot that it has references to."""
+        self.work.append(Copy("rings", snapshot.ring, int(self.ring[row])))
+        used = record_pages(fill)
+        pages = list(snapshot.record_pages[:used])
+        self.pools.give_back(Blocks(record_pages=snapshot.record_pages[used:], rings=(snapshot.ring,)))
+        self.slot[row] = -1 if snapshot.slot is None else snapshot.slot
+        self.fill[row] = fill
+        if fill % RECORD_PAGE_SIZE:
+            # The request will append to this page, whose other half may be someone else's.
+            (page,) = self._take("record_pages", 1)
+            self.work.append(Copy("record_pages", pages[-1], page))
+            self.pools.give_back(Blocks(record_pages=(pages[-1],)))
+            pages[-1] = page
+        self.record_table[row, :used] = pages
+        self._num_record_pages[row] = used
 
-    def admit(self, tokens: int) -> int:
-        """Take a slot, an empty buffer, and attention pages for ``tokens`` tokens; return the slot."""
-        slot = self.slots.take(1)[0]
-        self.record_table[slot] = self.record_pages.take(self.plan.record_pages_per_slot)
-        self.fill[slot] = 0
-        self.grow(slot, tokens)
-        return slot
+    def num_cached_tokens(self, token_ids: Sequence[int], salt: str | None) -> int:
+        """Return how many tokens of a prompt would not have to be computed."""
+        return 0 if self.prefixes is None else self.prefixes.match(token_ids, salt, len(token_ids) - 1).num_tokens
 
-    def can_grow(self, slot: int, tokens: int) -> bool:
-        """Return whether the request in ``slot`` can have attention pages for ``tokens`` tokens. Changes nothing."""
-        return attention_pages(tokens) - self._num_pages[slot] <= self.attention_pages.num_free
+    def extend(self, row: int, num_tokens: int, num_records: int) -> bool:
+        """Let a request have ``num_tokens`` tokens and ``num_records`` records in all.
 
-    def grow(self, slot: int, tokens: int) -> None:
-        """Give the request in ``slot`` the attention pages it lacks for ``tokens`` tokens in all."""
-        have, need = self._num_pages[slot], attention_pages(tokens)
+        Returns:
+            Whether there is memory for it; if not, nothing changed.
+        """
+        attention = attention_pages(num_tokens) - self._num_attention_pages[row]
+        records = record_pages(num_records) - self._num_record_pages[row]
+        if not (self._can_take("attention_pages", attention) and self._can_take("record_pages", records)):
+            return False
+        if attention > 0:
+            have = self._num_attention_pages[row]
+            self.attention_table[row, have : have + attention] = self._take("attention_pages", attention)
+            self._num_attention_pages[row] += attention
+        self._take_record_pages(row, num_records)
+        return True
+
+    def _take_record_pages(self, row: int, num_records: int) -> None:
+        have, need = self._num_record_pages[row], record_pages(num_records)
         if need > have:
-            self.attention_table[slot, have:need] = self.attention_pages.take(need - have)
-            self._num_pages[slot] = need
+            self.record_table[row, have:need] = self._take("record_pages", need - have)
+            self._num_record_pages[row] = need
 
-    def release(self, slot: int) -> None:
-        """Free everything that the request in ``slot`` holds."""
-        self.attention_pages.give_back(self.attention_table[slot, : self._num_pages[slot]].tolist())
-        self.record_pages.give_back(self.record_table[slot].tolist())
-        self.slots.give_back([slot])
-        self._num_pages[slot] = 0
+    def _drop_record_pages(self, row: int, keep: int = 0) -> None:
+        dropped = self.record_table[row, keep : self._num_record_pages[row]].tolist()
+        self.pools.record_pages.give_back(dropped)
+        self._num_record_pages[row] = min(keep, self._num_record_pages[row])
+
+    def folds_in_place(self, row: int) -> bool:
+        """Return whether a decode step may fold a request's records into its own state and go on in its own pages."""
+        slot, first_page = int(self.slot[row]), int(self.record_table[row, 0])
+        return slot >= 0 and self.pools.slots.references(slot) == self.pools.record_pages.references(first_page) == 1
+
+    def own_state(self, row: int) -> bool:
+        """Fold all of a request's records into a state that no one else holds.
+
+        Returns:
+            Whether there is a slot for it; if not, nothing changed.
+        """
+        slot, fill = int(self.slot[row]), int(self.fill[row])
+        shared = slot >= 0 and self.pools.slots.references(slot) > 1
+        if shared and not self._can_take("slots", 1) and self.prefixes is not None:
+            self.prefixes.disown(slot)
+            shared = self.pools.slots.references(slot) > 1
+        target = slot
+        if slot < 0 or shared:
+            if not self._can_take("slots", 1):
+                return False
+            (target,) = self._take("slots", 1)
+        if fill or (slot >= 0 and target != slot):
+            pages = tuple(self.record_table[row, : record_pages(fill)].tolist())
+            self.work.append(Fold(slot, target, pages, fill))
+        if slot >= 0 and target != slot:
+            self.pools.slots.give_back([slot])
+        self.slot[row], self.fill[row] = target, 0
+        self._drop_record_pages(row)
+        return True
+
+    def folded(self, row: int) -> None:
+        """Note that a decode step has folded a request's records in place, and appended one."""
+        self.fill[row] = 1
+        self._drop_record_pages(row, keep=1)
+
+    def publish(self, row: int, token_ids: Sequence[int], salt: str | None = None, *, ends: bool = False) -> None:
+        """Offer a request's memory to later requests with the same beginning.
+
+        Args:
+            row: the request's row.
+            token_ids: its computed tokens.
+            salt: what the prefix is to be kept under.
+            ends: the request is about to release its memory: its ring need not be copied.
+        """
+        if self.prefixes is None or not len(token_ids) or not (ends or self._can_take("rings", 1)):
+            return
+        end, fill, slot = len(token_ids), int(self.fill[row]), int(self.slot[row])
+        ring = int(self.ring[row])
+        if not ends:
+            (copy,) = self._take("rings", 1)
+            self.work.append(Copy("rings", ring, copy))
+            ring = copy
+        # Taps reach back to inputs that the ring must still hold, unless it holds all there are.
+        earliest = end - RING_SLACK if end > self.plan.ring_len else 0
+        snapshot = Snapshot(
+            start=max(end - fill, earliest),
+            end=end,
+            checkpoint=end - fill,
+            slot=None if slot < 0 else slot,
+            record_pages=tuple(self.record_table[row, : record_pages(fill)].tolist()),
+            ring=ring,
+        )
+        self.prefixes.insert(token_ids, salt, self.attention_table[row, : attention_pages(end)].tolist(), snapshot)
+        if not ends:
+            self.pools.rings.give_back([ring])
+
+    def release(self, row: int) -> None:
+        """Free everything that a request holds; what has been published stays."""
+        self.pools.give_back(self._blocks(row))
+        self.slot[row], self.fill[row] = -1, 0
+        self._num_attention_pages[row] = self._num_record_pages[row] = 0
+        self.rows.give_back([row])
+
+    def _blocks(self, row: int) -> Blocks:
+        slot = int(self.slot[row])
+        return Blocks(
+            slots=() if slot < 0 else (slot,),
+            record_pages=tuple(self.record_table[row, : self._num_record_pages[row]].tolist()),
+            rings=(int(self.ring[row]),),
+            attention_pages=tuple(self.attention_table[row, : self._num_attention_pages[row]].tolist()),
+        )
 
     def check_integrity(self) -> None:
-        """Check that no block is lost or held twice.
+        """Check that no block is lost, and that every one is held by just the requests and prefixes that name it.
 
         Raises:
             RuntimeError: the books do not balance.
         """
-        for pool in (self.slots, self.record_pages, self.attention_pages):
+        self.rows.check_integrity()
+        if self.prefixes is not None:
+            self.prefixes.check_integrity()
+        held = [self._blocks(row) for row in range(self.rows.size) if self.rows.references(row)]
+        for index, kind in enumerate(POOL_KINDS):
+            pool = self.pools.by_kind(kind)
             pool.check_integrity()
-        if self.attention_pages.num_used != sum(self._num_pages):
-            raise RuntimeError("attention pages in use are not the ones that requests hold")
-        if self.record_pages.num_used != self.slots.num_used * self.plan.record_pages_per_slot:
-            raise RuntimeError("record pages in use are not the ones that requests hold")
+            counts = Counter(block for blocks in held for block in blocks[index])
+            for block in range(pool.size):
+                if pool.references(block) - pool.kept(block) != counts[block]:
+                    raise RuntimeError(f"{pool.name} {block} is not held by just the requests that name it")

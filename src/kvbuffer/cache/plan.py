@@ -1,8 +1,8 @@
 """How a byte budget is divided, and how many requests that really serves.
 
-Three kinds of memory, each in a pool of its own so that none inflates another's block size: state slots (one per
-running request: the linear-attention states, the convolutions' rolling inputs), record pages (the KV buffers) and
-attention pages (keys and values of the full-attention layers).
+Four kinds of memory, each in a pool of its own so that none inflates another's block size: state slots (the
+linear-attention states), rings (the convolutions' last inputs), record pages (the KV buffers) and attention pages (keys
+and values of the full-attention layers). Running requests and cached prefixes share all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,28 @@ from kvbuffer.ops.attention import PAGE_SIZE
 TYPICAL_CONTEXT = 2048
 #: Share of the machine's free memory, after the weights, that the caches may take by default.
 DEFAULT_SHARE = 0.5
+#: Records in a record page.
+RECORD_PAGE_SIZE = 16
+#: The state of a prompt ends at a multiple of this; its last tokens, this many at most, go into the buffer.
+PROMPT_TAIL = 16
+#: Records that a buffer may hold beyond its length: the end of a prompt, and folds put off so that they spread out.
+BUFFER_SLACK = PROMPT_TAIL
+#: Tokens by which a cursor may move back while the ring still has the inputs that the convolution's taps reach to.
+RING_SLACK = 5
+# Tokens from one cached state to the next, on average, for dividing what running requests leave over.
+_CACHED_CONTEXT = 1024
+# More than this in the prefix cache is not planned for: page tables of many gigabytes take seconds to set up.
+_MOST_CACHED_TOKENS = 1 << 21
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """Bytes of one block of each kind, over all layers."""
+
+    slot: int
+    ring: int
+    record_page: int
+    attention_page: int
 
 
 @dataclass(frozen=True)
@@ -32,72 +54,89 @@ class MemoryPlan:
         max_model_len: longest request in tokens, prompt and output.
         max_num_seqs: the user's cap on running requests.
         buffer_len: records a KV buffer holds before it is folded.
-        record_page_size: records in a record page.
-        dtype: dtype of the model: of its weights, and of the attention pages' keys and values.
+        kv_only_len: a request lives on records alone for as many tokens.
+        dtype: dtype of the model: of its weights, of keys and values in attention pages, of the rings.
         state_dtype: dtype of the states.
-        num_slots: running requests that have memory.
+        record_dtype: dtype of the records' keys and values.
+        ring_len: rows of a ring.
+        num_slots: state slots.
+        num_rings: rings; every running request has one.
+        num_record_pages: record pages.
         num_attention_pages: attention pages.
-        slot_bytes: bytes of a slot over all layers, its record pages not included.
-        record_page_bytes: bytes of a record page over all layers.
-        attention_page_bytes: bytes of an attention page over all layers.
+        block_bytes: bytes of a block of each kind.
     """
 
     budget: int
     max_model_len: int
     max_num_seqs: int
     buffer_len: int
-    record_page_size: int
+    kv_only_len: int
     dtype: torch.dtype
     state_dtype: torch.dtype
+    record_dtype: torch.dtype
+    ring_len: int
     num_slots: int
+    num_rings: int
+    num_record_pages: int
     num_attention_pages: int
-    slot_bytes: int
-    record_page_bytes: int
-    attention_page_bytes: int
+    block_bytes: BlockBytes
+
+    def starts_with_state(self, num_tokens: int) -> bool:
+        """Return whether a prompt of so many tokens is computed into a state, not into records alone."""
+        return num_tokens > max(self.kv_only_len, PROMPT_TAIL)
 
     @property
-    def record_pages_per_slot(self) -> int:
-        """Record pages of one request's buffer."""
-        return math.ceil(self.buffer_len / self.record_page_size)
-
-    @property
-    def num_record_pages(self) -> int:
-        """Record pages in all."""
-        return self.num_slots * self.record_pages_per_slot
+    def max_records(self) -> int:
+        """Records that a request's buffer may come to hold."""
+        return max(self.buffer_len, self.kv_only_len) + BUFFER_SLACK
 
     @property
     def total_bytes(self) -> int:
         """Bytes the pools take."""
+        each = self.block_bytes
         return (
-            self.num_slots * self.slot_bytes
-            + self.num_record_pages * self.record_page_bytes
-            + self.num_attention_pages * self.attention_page_bytes
+            self.num_slots * each.slot
+            + self.num_rings * each.ring
+            + self.num_record_pages * each.record_page
+            + self.num_attention_pages * each.attention_page
         )
+
+    def limits(self, context_len: int) -> dict[str, int]:
+        """Return, per thing that may run out, the requests of ``context_len`` tokens that it lets run together."""
+        limits = {"--max-num-seqs": self.max_num_seqs}
+        records = context_len
+        if self.starts_with_state(context_len):
+            limits["state slots (--memory)"] = self.num_slots
+            records = self.buffer_len + BUFFER_SLACK
+        limits["rings (--memory)"] = self.num_rings
+        limits["record pages (--memory)"] = self.num_record_pages // record_pages(records)
+        limits["attention pages (--memory)"] = self.num_attention_pages // attention_pages(context_len)
+        return limits
 
     def max_concurrency(self, context_len: int) -> int:
         """Requests of ``context_len`` tokens (prompt and output) that can run at the same time."""
-        return min(self.num_slots, self.num_attention_pages // attention_pages(context_len))
+        return min(self.limits(context_len).values())
 
     def binding_limit(self, context_len: int) -> str:
         """Return the name of what limits :meth:`max_concurrency`."""
-        if self.num_attention_pages // attention_pages(context_len) < self.num_slots:
-            return "attention pages (--memory)"
-        return "--max-num-seqs" if self.num_slots == self.max_num_seqs else "state slots (--memory)"
+        limits = self.limits(context_len)
+        return min(limits, key=lambda name: limits[name])
 
     def describe(self) -> str:
         """Return the plan for people: the pools, and the true maximum concurrency with what limits it."""
+        each = self.block_bytes
         lines = [
-            f"caches {_size(self.total_bytes)} of {_size(self.budget)} allowed:",
-            f"  {self.num_slots} state slots x {_size(self.slot_bytes)} ({_name(self.state_dtype)} states)",
-            f"  {self.num_record_pages} record pages x {_size(self.record_page_bytes)} (buffers of "
-            f"{self.buffer_len} tokens, pages of {self.record_page_size})",
-            f"  {self.num_attention_pages} attention pages x {_size(self.attention_page_bytes)} "
+            f"caches {format_size(self.total_bytes)} of {format_size(self.budget)} allowed:",
+            f"  {self.num_slots} state slots x {format_size(each.slot)} ({_name(self.state_dtype)} states)",
+            f"  {self.num_record_pages} record pages x {format_size(each.record_page)} "
+            f"({RECORD_PAGE_SIZE} tokens each, {_name(self.record_dtype)} records; buffers of up to {self.buffer_len} "
+            f"tokens, no state before {self.kv_only_len})",
+            f"  {self.num_rings} rings x {format_size(each.ring)} ({self.ring_len} tokens of convolution inputs each)",
+            f"  {self.num_attention_pages} attention pages x {format_size(each.attention_page)} "
             f"({PAGE_SIZE} tokens each)",
             "maximum concurrency:",
         ]
-        for length in sorted(
-            {min(128, self.max_model_len), min(TYPICAL_CONTEXT, self.max_model_len), self.max_model_len}
-        ):
+        for length in sorted({min(length, self.max_model_len) for length in (128, TYPICAL_CONTEXT, 1 << 62)}):
             limit = self.binding_limit(length)
             lines.append(f"  {self.max_concurrency(length)} requests of {length} tokens (limited by {limit})")
         return "\n".join(lines)
@@ -108,6 +147,27 @@ def attention_pages(tokens: int) -> int:
     return math.ceil(tokens / PAGE_SIZE)
 
 
+def record_pages(records: int) -> int:
+    """Return the record pages that ``records`` records need."""
+    return math.ceil(records / RECORD_PAGE_SIZE)
+
+
+def block_bytes(
+    shape: CacheShape, dtype: torch.dtype, state_dtype: torch.dtype, record_dtype: torch.dtype, ring_len: int
+) -> BlockBytes:
+    """Return the bytes of one block of each kind, over all of a model's layers."""
+    linear, layers, kv_dim = shape.linear, shape.num_linear_layers, shape.num_kv_heads * shape.head_dim
+    rows = linear.num_value_heads * linear.key_head_dim
+    scales = 4 * rows if state_dtype == torch.int8 else 0
+    record = (linear.key_dim + linear.value_dim) * record_dtype.itemsize + linear.num_value_heads * 4
+    return BlockBytes(
+        slot=layers * (rows * linear.value_head_dim * state_dtype.itemsize + scales),
+        ring=layers * ring_len * linear.conv_dim * dtype.itemsize,
+        record_page=layers * RECORD_PAGE_SIZE * record,
+        attention_page=shape.num_attention_layers * PAGE_SIZE * 2 * kv_dim * dtype.itemsize,
+    )
+
+
 def plan_memory(
     shape: CacheShape,
     *,
@@ -115,8 +175,11 @@ def plan_memory(
     max_model_len: int | None,
     max_num_seqs: int,
     buffer_len: int,
+    kv_only_len: int,
     dtype: torch.dtype,
     state_dtype: torch.dtype,
+    record_dtype: torch.dtype,
+    prefix_caching: bool,
 ) -> MemoryPlan:
     """Divide ``budget`` bytes into pools.
 
@@ -127,15 +190,12 @@ def plan_memory(
         CapacityError: the budget cannot hold one request of the length asked for.
         ConfigError: the length asked for is more than the model was made for.
     """
-    linear, full = shape.linear, torch.float32.itemsize
-    state = linear.num_value_heads * linear.key_head_dim * linear.value_head_dim * state_dtype.itemsize
-    rolling = (linear.conv_kernel - 1) * linear.conv_dim * full
-    slot_bytes = shape.num_linear_layers * (state + rolling)
-    record = (linear.key_dim + linear.value_dim + linear.num_value_heads) * full
-    record_page_size = min(16, buffer_len)
-    record_page_bytes = shape.num_linear_layers * record_page_size * record
-    page_bytes = shape.num_attention_layers * 2 * shape.num_kv_heads * PAGE_SIZE * shape.head_dim * dtype.itemsize
-    per_request = slot_bytes + math.ceil(buffer_len / record_page_size) * record_page_bytes
+    ring_len = shape.linear.conv_kernel - 1 + RING_SLACK
+    each = block_bytes(shape, dtype, state_dtype, record_dtype, ring_len)
+    # A request that is past its first tokens; a prefix that is kept for others; a context's keys and values.
+    pages_per_request = record_pages(max(buffer_len, kv_only_len) + BUFFER_SLACK)
+    request = each.slot + each.ring + pages_per_request * each.record_page
+    cached = (each.slot + each.ring + each.record_page) if prefix_caching else 0
 
     if max_model_len is not None and max_model_len > shape.max_position_embeddings:
         raise ConfigError(
@@ -144,37 +204,47 @@ def plan_memory(
         )
     if max_model_len is None:
         fits = shape.max_position_embeddings
-        if page_bytes:
-            fits = min(fits, max(0, budget - per_request) // page_bytes * PAGE_SIZE)
+        if each.attention_page:
+            fits = min(fits, max(0, budget - request) // each.attention_page * PAGE_SIZE)
         max_model_len = max(fits, PAGE_SIZE)
-    pages_for_longest = attention_pages(max_model_len)
-    needed = per_request + pages_for_longest * page_bytes
+    longest = attention_pages(max_model_len)
+    needed = request + longest * each.attention_page
     if needed > budget:
         raise CapacityError(
-            f"{_size(budget)} of cache memory cannot hold one request of {max_model_len} tokens, which needs "
-            f"{_size(needed)}: raise --memory or lower --max-model-len"
+            f"{format_size(budget)} of cache memory cannot hold one request of {max_model_len} tokens, which needs "
+            f"{format_size(needed)}: raise --memory or lower --max-model-len"
         )
-    # Slots first, as many as can each have a typical context; attention pages take the rest. Without linear-attention
-    # layers a slot costs nothing.
-    typical = attention_pages(min(max_model_len, TYPICAL_CONTEXT)) * page_bytes
-    spare = (budget - needed) // per_request if per_request else max_num_seqs
-    slots = max(1, min(max_num_seqs, budget // (per_request + typical), 1 + spare))
-    pages = slots * pages_for_longest
-    if page_bytes:
-        pages = min(pages, (budget - slots * per_request) // page_bytes)
+    # As many requests as can each have a typical context, with a cached prefix beside each; attention pages take the
+    # rest, up to the longest context for everyone. Without linear-attention layers a slot costs nothing.
+    typical = attention_pages(min(max_model_len, TYPICAL_CONTEXT)) * each.attention_page
+    spare = (budget - needed) // request if request else max_num_seqs
+    requests = max(1, min(max_num_seqs, budget // max(1, request + cached + typical), 1 + spare))
+    left = budget - requests * request - longest * each.attention_page
+    prefixes = min(requests, left // cached) if cached else 0
+    attention = requests * longest
+    if each.attention_page:
+        attention = min(attention, (budget - requests * request - prefixes * cached) // each.attention_page)
+    if prefix_caching:
+        # What is still left is for prefixes: their states, and keys and values as far as one state serves.
+        left = budget - requests * request - prefixes * cached - attention * each.attention_page
+        pages = attention_pages(_CACHED_CONTEXT)
+        more = min(left // max(1, cached + pages * each.attention_page), _MOST_CACHED_TOKENS // _CACHED_CONTEXT)
+        prefixes, attention = prefixes + more, attention + more * pages
     return MemoryPlan(
         budget=budget,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         buffer_len=buffer_len,
-        record_page_size=record_page_size,
+        kv_only_len=kv_only_len,
         dtype=dtype,
         state_dtype=state_dtype,
-        num_slots=slots,
-        num_attention_pages=pages,
-        slot_bytes=slot_bytes,
-        record_page_bytes=record_page_bytes,
-        attention_page_bytes=page_bytes,
+        record_dtype=record_dtype,
+        ring_len=ring_len,
+        num_slots=requests + prefixes,
+        num_rings=requests + prefixes,
+        num_record_pages=requests * pages_per_request + prefixes,
+        num_attention_pages=attention,
+        block_bytes=each,
     )
 
 
@@ -188,7 +258,8 @@ def default_budget(weight_bytes: int) -> int:
     return max(0, int((available - weight_bytes) * DEFAULT_SHARE))
 
 
-def _size(count: float) -> str:
+def format_size(count: float) -> str:
+    """Return a number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"

@@ -112,6 +112,7 @@ class PrefixCache:
         self._clear()
 
     def _clear(self) -> None:
+        self._with_slot: dict[int, list[StoredSnapshot]] = {}
         self._roots: dict[str | None, Node] = {}
         self._leaves: EvictionQueue[Node] = EvictionQueue(partial(leaf_value, self.pools))
         self._snapshots: EvictionQueue[StoredSnapshot] = EvictionQueue(partial(snapshot_value, self.pools))
@@ -193,6 +194,11 @@ class PrefixCache:
             self.counters.evicted[name] += self.pools.by_kind(name).num_free - free
         return self.pools.by_kind(kind).num_free - target + count
 
+    def disown(self, slot: int) -> None:
+        """Give up the snapshots with this state, so that a request which holds it can have it alone."""
+        for stored in self._with_slot.get(slot, [])[::]:
+            self._remove_snapshot(stored)
+
     def num_evictable(self, kind: PoolKind) -> int:
         """Return how many blocks of one pool :meth:`evict` can free."""
         self._pins.release_expired(self._clock())
@@ -268,6 +274,8 @@ class PrefixCache:
             self._remove_snapshot(old)
         stored = StoredSnapshot(snapshot, node)
         self.pools.keep(blocks_of(snapshot))
+        if snapshot.slot is not None:
+            self._with_slot.setdefault(snapshot.slot, []).append(stored)
         attach(stored)
         self._snapshots.touch(stored)
         self._snapshots.push(stored)
@@ -327,4 +335,9 @@ class PrefixCache:
 
     def _remove_snapshot(self, stored: StoredSnapshot) -> None:
         detach(stored)
+        slot = stored.snapshot.slot
+        if slot is not None:
+            self._with_slot[slot].remove(stored)
+            if not self._with_slot[slot]:
+                del self._with_slot[slot]
         self.pools.drop(blocks_of(stored.snapshot))

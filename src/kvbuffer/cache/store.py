@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvbuffer.cache.plan import MemoryPlan
+from kvbuffer.cache.plan import RECORD_PAGE_SIZE, MemoryPlan
 from kvbuffer.cache.shapes import CacheShape
 from kvbuffer.ops.attention import PAGE_SIZE
 from kvbuffer.ops.layout import RecordPages, StatePool
@@ -19,12 +19,12 @@ class LinearCache(NamedTuple):
 
     Attributes:
         states: in the plan's state dtype.
-        conv: [num_slots, W - 1, C] float32, the convolution's rolling inputs.
-        records: pages of the KV buffers.
+        rings: [num_rings, R, C] in the model dtype, the convolution's last inputs.
+        records: pages of the KV buffers, in the plan's record dtype.
     """
 
     states: StatePool
-    conv: Tensor
+    rings: Tensor
     records: RecordPages
 
 
@@ -51,9 +51,14 @@ def allocate(shape: CacheShape, plan: MemoryPlan) -> list[LinearCache | Attentio
         caches.append(
             LinearCache(
                 StatePool.allocate(plan.num_slots, *heads, plan.state_dtype),
-                torch.empty(plan.num_slots, linear.conv_kernel - 1, linear.conv_dim),
+                torch.empty(plan.num_rings, plan.ring_len, linear.conv_dim, dtype=plan.dtype),
                 RecordPages.allocate(
-                    GATED_DELTANET, plan.num_record_pages, plan.record_page_size, linear.num_key_heads, *heads
+                    GATED_DELTANET,
+                    plan.num_record_pages,
+                    RECORD_PAGE_SIZE,
+                    linear.num_key_heads,
+                    *heads,
+                    plan.record_dtype,
                 ),
             )
         )

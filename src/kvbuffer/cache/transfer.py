@@ -6,45 +6,35 @@ Bytes are copied as they are, whatever the dtype, so what comes back is what wen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from enum import Enum, auto
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from kvbuffer.cache.pools import POOL_KINDS, PoolKind, blocks_of
 from kvbuffer.cache.snapshot import Snapshot
 from kvbuffer.cache.store import AttentionCache, LinearCache
 
 Caches = Sequence[LinearCache | AttentionCache]
-_Parts = list[tuple[Tensor, Sequence[int]]]
 
 
-class BlockKind(Enum):
-    """The pools whose blocks layers hold tensors of."""
-
-    ATTENTION_PAGE = auto()
-    STATE = auto()
-    RING = auto()
-    RECORD_PAGE = auto()
-
-
-def block_tensors(caches: Caches, kind: BlockKind) -> list[Tensor]:
+def block_tensors(caches: Caches, kind: PoolKind) -> list[Tensor]:
     """Return the tensors of all layers whose first dim counts blocks of ``kind``, in a fixed order."""
     return [tensor for cache in caches for tensor in _tensors(cache, kind) if tensor is not None]
 
 
-def _tensors(cache: LinearCache | AttentionCache, kind: BlockKind) -> tuple[Tensor | None, ...]:
+def _tensors(cache: LinearCache | AttentionCache, kind: PoolKind) -> tuple[Tensor | None, ...]:
     if isinstance(cache, AttentionCache):
-        return (cache.pages,) if kind is BlockKind.ATTENTION_PAGE else ()
-    of_kind: dict[BlockKind, tuple[Tensor | None, ...]] = {
-        BlockKind.STATE: cache.states,
-        BlockKind.RING: (cache.conv,),
-        BlockKind.RECORD_PAGE: cache.records,
+        return (cache.pages,) if kind == "attention_pages" else ()
+    of_kind: dict[PoolKind, tuple[Tensor | None, ...]] = {
+        "slots": cache.states,
+        "rings": (cache.rings,),
+        "record_pages": cache.records,
     }
     return of_kind.get(kind, ())
 
 
-def copy_blocks(caches: Caches, kind: BlockKind, sources: Sequence[int], targets: Sequence[int]) -> None:
+def copy_blocks(caches: Caches, kind: PoolKind, sources: Sequence[int], targets: Sequence[int]) -> None:
     """Copy blocks ``sources`` of one kind to ``targets``, in every layer.
 
     All are read before any is written, so a block may be both.
@@ -70,11 +60,10 @@ def extract(caches: Caches, attention_pages: Sequence[int], snapshot: Snapshot) 
     Returns:
         [bytes] uint8, for :func:`restore`.
     """
-    parts = _parts(caches, attention_pages, snapshot)
-    sizes = _sizes(parts)
-    data = torch.empty(sum(sizes), dtype=torch.uint8)
-    for (rows, blocks), piece in zip(parts, data.split(sizes), strict=True):
-        torch.index_select(rows, 0, torch.tensor(blocks, dtype=torch.int64), out=piece.view(len(blocks), rows.shape[1]))
+    parts = list(_parts(caches, attention_pages, snapshot))
+    data = torch.empty(sum(len(blocks) * rows.shape[1] for rows, blocks in parts), dtype=torch.uint8)
+    for (rows, blocks), target in zip(parts, _split(data, parts), strict=True):
+        torch.index_select(rows, 0, torch.tensor(blocks, dtype=torch.int64), out=target)
     return data
 
 
@@ -90,13 +79,13 @@ def restore(caches: Caches, attention_pages: Sequence[int], snapshot: Snapshot, 
     Raises:
         RuntimeError: the data is not of so many blocks; nothing is written.
     """
-    parts = _parts(caches, attention_pages, snapshot)
-    sizes = _sizes(parts)
-    if data.numel() != sum(sizes):
-        raise RuntimeError(f"{data.numel()} bytes cannot be restored into blocks of {sum(sizes)}")
-    for (rows, blocks), piece in zip(parts, data.split(sizes), strict=True):
+    parts = list(_parts(caches, attention_pages, snapshot))
+    size = sum(len(blocks) * rows.shape[1] for rows, blocks in parts)
+    if data.numel() != size:
+        raise RuntimeError(f"{data.numel()} bytes cannot be restored into blocks of {size}")
+    for (rows, blocks), source in zip(parts, _split(data, parts), strict=True):
         # index_copy_ would go byte by byte; NumPy copies whole rows.
-        rows.numpy()[list(blocks)] = piece.view(len(blocks), rows.shape[1]).numpy()
+        rows.numpy()[list(blocks)] = source.numpy()
 
 
 def block_layout(caches: Caches) -> str:
@@ -105,26 +94,26 @@ def block_layout(caches: Caches) -> str:
     Data that was extracted under one layout can be restored only under the same.
     """
     return "; ".join(
-        f"{kind.name} {tensor.dtype} {list(tensor.shape[1:])}"
+        f"{kind} {tensor.dtype} {list(tensor.shape[1:])}"
         for cache in caches
-        for kind in BlockKind
+        for kind in POOL_KINDS
         for tensor in block_tensors([cache], kind)
     )
 
 
-def _parts(caches: Caches, attention_pages: Sequence[int], snapshot: Snapshot) -> _Parts:
-    """Return the rows of bytes behind each tensor, and which of them belong to the prefix."""
-    blocks_of = {
-        BlockKind.ATTENTION_PAGE: attention_pages,
-        BlockKind.STATE: () if snapshot.slot is None else (snapshot.slot,),
-        BlockKind.RING: (snapshot.ring,),
-        BlockKind.RECORD_PAGE: snapshot.record_pages,
-    }
-    return [(_bytes(tensor), blocks) for kind, blocks in blocks_of.items() for tensor in block_tensors(caches, kind)]
+def _parts(
+    caches: Caches, attention_pages: Sequence[int], snapshot: Snapshot
+) -> Iterator[tuple[Tensor, Sequence[int]]]:
+    """Yield the rows of bytes behind each tensor, and which of them belong to the prefix."""
+    for kind, blocks in zip(POOL_KINDS, blocks_of(snapshot, tuple(attention_pages)), strict=True):
+        for tensor in block_tensors(caches, kind):
+            yield _bytes(tensor), blocks
 
 
-def _sizes(parts: _Parts) -> list[int]:
-    return [len(blocks) * rows.shape[1] for rows, blocks in parts]
+def _split(data: Tensor, parts: list[tuple[Tensor, Sequence[int]]]) -> Iterator[Tensor]:
+    sizes = [len(blocks) * rows.shape[1] for rows, blocks in parts]
+    for piece, (rows, blocks) in zip(data.split(sizes), parts, strict=True):
+        yield piece.view(len(blocks), rows.shape[1])
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from kvbuffer.errors import ConfigError
 from kvbuffer.ops.chunked import CHUNK
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STATE_DTYPES = {**DTYPES, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,19 @@ class EngineConfig:
         model: checkpoint folder, hub id, or ``demo``.
         served_model_name: name in the API; the model's by default.
         dtype: ``auto`` (the checkpoint's), ``float32`` or ``bfloat16``.
-        state_dtype: dtype of the linear-attention states, ``auto`` (float32), ``float32`` or ``bfloat16``.
+        state_dtype: dtype of the linear-attention states, ``auto`` (float32), ``float32``, ``bfloat16`` or ``int8``.
+        record_dtype: dtype of the keys and values in the KV buffers, ``auto`` (float32 beside float32 states, otherwise
+            bfloat16), ``float32`` or ``bfloat16``.
         max_model_len: longest request in tokens, prompt and output; the model's own, if it fits, by default.
         max_num_seqs: at most this many requests run at once.
         max_num_batched_tokens: at most this many tokens are computed in a step, prompts being split to fit; exceeded
             only to let 64 prompt tokens in beside many decoding requests.
         max_queue_len: at most this many requests wait, half of them of one client; None for any number.
         memory: bytes for states, buffers and attention pages; by default half of the free memory.
-        buffer_len: tokens a KV buffer holds before it is folded into the state.
+        buffer_len: tokens a KV buffer holds before it is folded into the state; by default what the measured cost model
+            finds cheapest for each batch.
+        kv_only_len: tokens that a request has before it gets a state; by default as long as that pays.
+        enable_prefix_caching: keep the memory of finished requests for later ones that begin with the same tokens.
         threads: CPU threads; PyTorch's choice by default.
         show_progress: draw a progress bar while loading.
 
@@ -40,19 +46,22 @@ class EngineConfig:
     served_model_name: str | None = None
     dtype: str = "auto"
     state_dtype: str = "auto"
+    record_dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = defaults.MAX_NUM_SEQS
     max_num_batched_tokens: int = defaults.MAX_NUM_BATCHED_TOKENS
     max_queue_len: int | None = defaults.MAX_QUEUE_LEN
     memory: int | None = None
-    buffer_len: int = defaults.BUFFER_LEN
+    buffer_len: int | None = None
+    kv_only_len: int | None = None
+    enable_prefix_caching: bool = True
     threads: int | None = None
     show_progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "state_dtype"):
-            if getattr(self, name) not in ("auto", *DTYPES):
-                raise ConfigError(f"{name} must be auto, {' or '.join(DTYPES)}, got {getattr(self, name)!r}")
+        for name, dtypes in (("dtype", DTYPES), ("state_dtype", STATE_DTYPES), ("record_dtype", DTYPES)):
+            if getattr(self, name) not in ("auto", *dtypes):
+                raise ConfigError(f"{name} must be auto, {' or '.join(dtypes)}, got {getattr(self, name)!r}")
         bounds = {
             "max_model_len": 2,
             "max_num_seqs": 1,
@@ -60,11 +69,13 @@ class EngineConfig:
             "max_queue_len": 1,
             "memory": 1,
             "buffer_len": 1,
+            "kv_only_len": 0,
             "threads": 1,
         }
         for name, low in bounds.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
-        if self.buffer_len > 1024:
-            raise ConfigError(f"buffer_len must be at most 1024, got {self.buffer_len}")
+        for name in ("buffer_len", "kv_only_len"):
+            if (getattr(self, name) or 0) > 1024:
+                raise ConfigError(f"{name} must be at most 1024, got {getattr(self, name)}")

@@ -4,5 +4,4 @@ from __future__ import annotations
 
 MAX_NUM_SEQS = 256
 MAX_NUM_BATCHED_TOKENS = 512
-BUFFER_LEN = 16
 MAX_QUEUE_LEN = 4096

@@ -13,8 +13,9 @@ import torch
 from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.plan import MemoryPlan, default_budget, plan_memory
 from kvbuffer.cache.store import allocate
-from kvbuffer.engine.config import DTYPES, EngineConfig
+from kvbuffer.engine.config import DTYPES, STATE_DTYPES, EngineConfig
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
+from kvbuffer.engine.forms import FormPolicy
 from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReason, Request, RequestOptions
 from kvbuffer.engine.runner import Runner
 from kvbuffer.engine.sampler import InvalidLogits, SampledToken, sample
@@ -68,6 +69,7 @@ class Engine:
         folder: Path,
         model_config: ModelConfig,
         plan: MemoryPlan,
+        forms: FormPolicy,
         tokenizer: Tokenizer,
     ) -> None:
         self.config, self.model_config, self.plan, self.tokenizer = config, model_config, plan, tokenizer
@@ -78,9 +80,9 @@ class Engine:
             self.generation_defaults = {"temperature": 0.0}
         self.eos_token_ids = _eos_token_ids(generation, model_config, tokenizer)
         self._model = Decoder(folder, model_config, plan.dtype, plan.max_model_len, config.show_progress)
-        self._memory = RequestMemory(plan)
+        self._memory = RequestMemory(plan, config.enable_prefix_caching)
         self._runner = Runner(self._model, allocate(model_config.cache_shape, plan), self._memory)
-        self._scheduler = Scheduler(self._memory, config.max_num_batched_tokens, config.max_queue_len)
+        self._scheduler = Scheduler(self._memory, forms, config.max_num_batched_tokens, config.max_queue_len)
         self._requests: dict[str, Request] = {}
 
     @classmethod
@@ -98,33 +100,43 @@ class Engine:
         dtype = DTYPES.get(config.dtype)
         if dtype is None:
             dtype = torch.float32 if model_config.dtype == torch.float32 else torch.bfloat16
+        shape = model_config.cache_shape
+        state_dtype = STATE_DTYPES.get(config.state_dtype, torch.float32)
+        exact = torch.float32 if state_dtype == torch.float32 else torch.bfloat16
+        record_dtype = DTYPES.get(config.record_dtype, exact)
+        forms = FormPolicy.for_model(
+            shape.linear, state_dtype, record_dtype, config.buffer_len, config.kv_only_len, config.max_num_seqs
+        )
         weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         plan = plan_memory(
-            model_config.cache_shape,
+            shape,
             budget=default_budget(weight_bytes) if config.memory is None else config.memory,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
-            buffer_len=config.buffer_len,
+            buffer_len=forms.longest_buffer,
+            kv_only_len=forms.kv_only_len,
             dtype=dtype,
-            state_dtype=DTYPES.get(config.state_dtype, torch.float32),
+            state_dtype=state_dtype,
+            record_dtype=record_dtype,
+            prefix_caching=config.enable_prefix_caching,
         )
-        return cls(config, folder, model_config, plan, Tokenizer(folder))
+        return cls(config, folder, model_config, plan, forms, Tokenizer(folder))
 
     @property
     def stats(self) -> EngineStats:
         """The counters and pools as they are now; may be read from any thread."""
-        memory, scheduler = self._memory, self._scheduler
+        scheduler, pools = self._scheduler, self._memory.pools
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_preemptions=scheduler.num_preemptions,
-            num_folds=self._runner.num_folds,
-            state_slots_used=memory.slots.num_used,
-            state_slots_total=memory.slots.size,
-            record_pages_used=memory.record_pages.num_used,
-            record_pages_total=memory.record_pages.size,
-            attention_pages_used=memory.attention_pages.num_used,
-            attention_pages_total=memory.attention_pages.size,
+            num_folds=scheduler.num_folds,
+            state_slots_used=pools.slots.num_used - pools.slots.num_idle,
+            state_slots_total=pools.slots.size,
+            record_pages_used=pools.record_pages.num_used - pools.record_pages.num_idle,
+            record_pages_total=pools.record_pages.size,
+            attention_pages_used=pools.attention_pages.num_used - pools.attention_pages.num_idle,
+            attention_pages_total=pools.attention_pages.size,
         )
 
     def add_request(
@@ -188,6 +200,11 @@ class Engine:
         if request is not None:
             self._scheduler.finish(request)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what earlier requests left behind; running requests keep what they use."""
+        if self._memory.prefixes is not None:
+            self._memory.prefixes.clear()
+
     def has_work(self) -> bool:
         """Return whether a step would do anything."""
         return bool(self._requests)
@@ -201,7 +218,7 @@ class Engine:
         if not batch:
             return []
         logits = self._runner.run(batch)
-        complete = [request for request, _ in batch if request.num_computed_tokens == len(request.token_ids)]
+        complete = self._scheduler.commit(batch)
         sampled = sample(logits, [request.sampling for request in complete], self.model_config.vocab_size)
         return [self._commit(request, token) for request, token in zip(complete, sampled, strict=True)]
 
@@ -214,6 +231,8 @@ class Engine:
             logger.error("request %s: %s", request.request_id, sampled.reason)
             finish, stop_reason = FinishReason.ABORT, sampled.reason
         else:
+            if request.num_computed_tokens == request.num_prefill_tokens:
+                self._scheduler.publish(request)
             token_ids = [sampled.token_id]
             self._scheduler.waiting.charge(request, output=1)
             request.token_ids.append(sampled.token_id)
@@ -222,7 +241,7 @@ class Engine:
             text, finish, stop_reason = self._ending(request, sampled.token_id)
         if finish is not None:
             text += request.detokenizer.flush()
-            self._scheduler.finish(request)
+            self._scheduler.finish(request, publish=not isinstance(sampled, InvalidLogits))
             del self._requests[request.request_id]
         return CompletionDelta(
             request.request_id,
@@ -233,7 +252,7 @@ class Engine:
             stop_reason,
             request.num_prompt_tokens,
             request.num_output_tokens,
-            0,
+            request.num_cached_tokens,
             request.scheduled_at,
         )
 
@@ -260,8 +279,8 @@ class Engine:
         """
         self._memory.check_integrity()
         self._scheduler.waiting.check_integrity()
-        if self._memory.slots.num_used != len(self._scheduler.running):
-            raise RuntimeError("state slots in use are not the ones of the running requests")
+        if self._memory.rows.num_used != len(self._scheduler.running):
+            raise RuntimeError("rows in use are not the ones of the running requests")
         if len(self._requests) != len(self._scheduler.running) + len(self._scheduler.waiting):
             raise RuntimeError("a request is neither running nor waiting")
 

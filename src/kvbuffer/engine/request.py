@@ -134,9 +134,10 @@ class Request:
         options: how it is queued and cached.
         arrival: when it was added, in seconds of ``time.monotonic``.
         scheduled_at: when it was first scheduled, 0 before.
-        slot: its memory, None while it waits.
+        row: its memory, None while it waits.
         num_computed_tokens: tokens whose state, keys and values exist.
         num_prefill_tokens: tokens known when its memory was taken; beyond these it decodes.
+        num_cached_tokens: prompt tokens whose computation was reused from the prefix cache.
     """
 
     request_id: str
@@ -149,9 +150,10 @@ class Request:
     options: RequestOptions = DEFAULT_OPTIONS
     arrival: float = field(default_factory=time.monotonic)
     scheduled_at: float = 0.0
-    slot: int | None = None
+    row: int | None = None
     num_computed_tokens: int = 0
     num_prefill_tokens: int = 0
+    num_cached_tokens: int = 0
 
     @property
     def num_output_tokens(self) -> int:

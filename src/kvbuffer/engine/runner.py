@@ -1,4 +1,4 @@
-"""Runs one scheduled step through the model: builds the ragged batch, keeps the buffers' fills."""
+"""Runs one scheduled step through the model: does the work that memory needs first, builds the ragged batch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvbuffer.cache.memory import RequestMemory
-from kvbuffer.cache.plan import attention_pages
+from kvbuffer.cache.plan import attention_pages, record_pages
 from kvbuffer.cache.store import AttentionCache, LinearCache
-from kvbuffer.engine.scheduler import ScheduledRequest
+from kvbuffer.cache.work import do_work
+from kvbuffer.engine.scheduler import Segment
 from kvbuffer.models.decoder import Decoder
-from kvbuffer.models.inputs import BufferView, ModelInputs
+from kvbuffer.models.inputs import LinearForm, LinearSection, ModelInputs
+
+Int32 = npt.NDArray[np.int32]
 
 
 class Runner:
@@ -24,67 +28,85 @@ class Runner:
         model: the decoder.
         caches: its layers' memory.
         memory: which of it belongs to whom.
-
-    Attributes:
-        num_folds: buffers folded into their states so far, counted per request.
     """
 
     def __init__(self, model: Decoder, caches: list[LinearCache | AttentionCache], memory: RequestMemory) -> None:
         self.model, self.caches, self.memory = model, caches, memory
-        self.num_folds = 0
 
-    def run(self, batch: Sequence[ScheduledRequest]) -> Tensor:
-        """Compute the scheduled tokens and advance each request.
+    def do_memory_work(self) -> None:
+        """Do the copies and folds that memory has noted."""
+        work, self.memory.work = self.memory.work, []
+        do_work(work, self.caches)
+
+    def run(self, batch: Sequence[Segment]) -> Tensor:
+        """Compute the scheduled tokens.
 
         Args:
-            batch: at least one request, decoding ones first.
+            batch: at least one segment, sorted by form; a request's segments in the order of its tokens.
 
         Returns:
             Logits [R, vocab_size] of the requests whose known tokens are now all computed, in the batch's order.
         """
-        inputs = self._inputs(batch)
-        logits = self.model.forward(inputs, self.caches)
-        view = inputs.buffer
-        decoded, folded = view.slots.numpy()[: view.num_decodes], view.fold.numpy()[: view.num_decodes]
-        self.memory.fill[decoded] = np.where(folded, 1, self.memory.fill[decoded] + 1)
-        self.num_folds += int(folded.sum())
-        for request, count in batch:
-            request.num_computed_tokens += count
-        return logits
+        self.do_memory_work()
+        return self.model.forward(self._inputs(batch), self.caches)
 
-    def _inputs(self, batch: Sequence[ScheduledRequest]) -> ModelInputs:
+    def _inputs(self, batch: Sequence[Segment]) -> ModelInputs:
         memory = self.memory
-        slots = np.fromiter((request.slot for request, _ in batch), np.int32, len(batch))
-        counts = np.fromiter((count for _, count in batch), np.int32, len(batch))
-        context = np.fromiter((request.num_computed_tokens for request, _ in batch), np.int32, len(batch))
+        rows = np.fromiter((segment.request.row for segment in batch), np.int32, len(batch))
+        counts = np.fromiter((segment.num_tokens for segment in batch), np.int32, len(batch))
+        context, fill = self._cursors(batch, rows)
         borders = np.zeros(len(batch) + 1, np.int32)
         np.cumsum(counts, out=borders[1:])
         token_ids = itertools.chain.from_iterable(
-            request.token_ids[request.num_computed_tokens : request.num_computed_tokens + count]
-            for request, count in batch
+            segment.request.token_ids[begin : begin + segment.num_tokens]
+            for segment, begin in zip(batch, context, strict=True)
         )
-        # Position of a token = context of its request + its place among the request's new tokens.
+        # Position of a token = context of its segment + its place in it.
         positions = np.arange(borders[-1], dtype=np.int32) + np.repeat(context - borders[:-1], counts)
-        complete = [
-            border - 1
-            for border, (request, count) in zip(borders[1:], batch, strict=True)
-            if request.num_computed_tokens + count == len(request.token_ids)
-        ]
+        known = np.fromiter((len(segment.request.token_ids) for segment in batch), np.int32, len(batch))
         pages = attention_pages(int((context + counts).max()))
-        fill = memory.fill[slots]
         return ModelInputs(
             token_ids=torch.from_numpy(np.fromiter(token_ids, np.int64, borders[-1])),
             positions=torch.from_numpy(positions),
             cu_seqlens=torch.from_numpy(borders),
             context_lens=torch.from_numpy(context),
-            attention_page_table=torch.from_numpy(memory.attention_table[slots, :pages]),
-            logits_rows=torch.tensor(complete, dtype=torch.int64),
-            buffer=BufferView(
-                num_decodes=sum(not request.is_prefilling for request, _ in batch),
-                slots=torch.from_numpy(slots),
-                page_table=torch.from_numpy(memory.record_table[slots]),
-                fill=torch.from_numpy(fill),
-                fold=torch.from_numpy((fill == memory.plan.buffer_len).astype(np.uint8)),
-                fresh=torch.from_numpy((context == 0).astype(np.uint8)),
-            ),
+            attention_page_table=torch.from_numpy(memory.attention_table[rows, :pages]),
+            rings=torch.from_numpy(memory.ring[rows]),
+            logits_rows=torch.from_numpy(borders[1:][context + counts == known] - 1).long(),
+            sections=tuple(self._sections(batch, rows, context, fill, borders)),
         )
+
+    def _cursors(self, batch: Sequence[Segment], rows: Int32) -> tuple[Int32, Int32]:
+        """Return the tokens and the records before each segment, those of the same step included."""
+        context = np.fromiter((segment.request.num_computed_tokens for segment in batch), np.int32, len(batch))
+        if batch[-1].form is LinearForm.APPENDED:
+            # The end of a prompt whose beginning is in this step, too.
+            chunks = {s.request.request_id: s.num_tokens for s in batch if s.form is LinearForm.CHUNKED}
+            for i, segment in enumerate(batch):
+                if segment.form is LinearForm.APPENDED:
+                    context[i] += chunks.get(segment.request.request_id, 0)
+        return context, self.memory.fill[rows]
+
+    def _sections(
+        self, batch: Sequence[Segment], rows: Int32, context: Int32, fill: Int32, borders: Int32
+    ) -> list[LinearSection]:
+        memory, sections, begin = self.memory, [], 0
+        for form, group in itertools.groupby(batch, key=lambda segment: segment.form):
+            folds = [segment.fold for segment in group]
+            end = begin + len(folds)
+            own, own_fill = rows[begin:end], fill[begin:end]
+            width = record_pages(int(own_fill.max()) + int(np.diff(borders[begin : end + 1]).max()))
+            sections.append(
+                LinearSection(
+                    form=form,
+                    tokens=slice(int(borders[begin]), int(borders[end])),
+                    cu_seqlens=torch.from_numpy(borders[begin : end + 1] - borders[begin]),
+                    slots=torch.from_numpy(memory.slot[own]),
+                    page_table=torch.from_numpy(memory.record_table[own, : max(1, width)]),
+                    fill=torch.from_numpy(own_fill),
+                    fold=torch.tensor(folds, dtype=torch.uint8),
+                    fresh=torch.from_numpy((context[begin:end] == 0).astype(np.uint8)),
+                )
+            )
+            begin = end
+        return sections

@@ -1,9 +1,12 @@
 """Which tokens of which requests are computed in the next step.
 
 There are no phases. A request has computed some of its tokens and wants to reach all that are known; a token budget per
-step shares that out: first one token for each request that decodes, then prompts, oldest first. A prompt that does not
-fit is split at a multiple of the chunk length, which changes nothing in its result. Nothing starves: every request that
-decodes gets its token, and however many they are, one chunk of a prompt is let in beside them.
+step shares that out: first one token for each request that decodes, then prompts. A prompt that does not fit is split
+at a multiple of the chunk length, which changes nothing in its result. Nothing starves: every request that decodes gets
+its token, and however many they are, one chunk of a prompt is let in beside them.
+
+The last tokens of a prompt are not folded into its state but go into the buffer, so that the state before them stays at
+hand: a later request may leave the prompt at any of these tokens.
 """
 
 from __future__ import annotations
@@ -12,17 +15,31 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from kvbuffer.cache.memory import RequestMemory
+from kvbuffer.cache.plan import BUFFER_SLACK, PROMPT_TAIL
+from kvbuffer.engine.forms import FormPolicy, folds_due
 from kvbuffer.engine.queue import WaitingQueue
 from kvbuffer.engine.request import Request
+from kvbuffer.models.inputs import LinearForm
 from kvbuffer.ops.chunked import CHUNK
 
 
-class ScheduledRequest(NamedTuple):
-    """A request's share of a step: its next ``num_tokens`` uncomputed tokens."""
+class Segment(NamedTuple):
+    """A share of a step: the next uncomputed tokens of a request.
+
+    Attributes:
+        request: whose tokens.
+        num_tokens: how many.
+        form: how the linear-attention layers compute them.
+        fold: the records of before are folded into the state first.
+    """
 
     request: Request
     num_tokens: int
+    form: LinearForm
+    fold: bool = False
 
 
 class Scheduler:
@@ -30,87 +47,180 @@ class Scheduler:
 
     Args:
         memory: where requests live.
+        forms: how the linear-attention layers decode.
         max_num_batched_tokens: token budget of a step, exceeded only so that nothing starves.
         max_queue_len: requests that may wait; None for any number.
 
     Attributes:
         waiting: requests without memory.
         running: requests with memory, oldest first.
-        num_preemptions: requests sent back to the queue because attention pages ran out.
+        num_preemptions: requests sent back to the queue because memory ran out.
+        num_folds: buffers folded into states so far.
     """
 
-    def __init__(self, memory: RequestMemory, max_num_batched_tokens: int, max_queue_len: int | None = None) -> None:
-        self.memory = memory
+    def __init__(
+        self,
+        memory: RequestMemory,
+        forms: FormPolicy,
+        max_num_batched_tokens: int,
+        max_queue_len: int | None = None,
+    ) -> None:
+        self.memory, self.forms = memory, forms
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting = WaitingQueue(max_queue_len)
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.num_folds = 0
 
     def add(self, request: Request) -> None:
         """Queue a request; raise :class:`~kvbuffer.errors.QueueFullError` if too many wait."""
         self.waiting.push(request)
 
-    def schedule(self) -> list[ScheduledRequest]:
-        """Return the next step: requests that decode first, then those that prefill. Memory is taken for all of it."""
-        self._make_room_for_decodes()
-        batch = [ScheduledRequest(request, 1) for request in self.running if not request.is_prefilling]
+    def schedule(self) -> list[Segment]:
+        """Return the next step, sorted by form. Memory is taken for all of it."""
+        batch = list(self._decodes())
         budget = max(CHUNK, self.max_num_batched_tokens - len(batch))
         for request in self._prefilling():
-            remaining = len(request.token_ids) - request.num_computed_tokens
-            # A part of a prompt ends at a chunk border.
-            count = remaining if remaining <= budget else budget // CHUNK * CHUNK
-            if count == 0:
+            segments = self._prefill(request, budget)
+            if not segments:
                 break
-            if request.slot is None:
-                self._admit(request)
-            batch.append(ScheduledRequest(request, count))
-            budget -= count
-        return batch
+            batch += segments
+            budget -= sum(segment.num_tokens for segment in segments)
+        return sorted(batch, key=lambda segment: segment.form)
 
-    def finish(self, request: Request) -> None:
-        """Forget a request and free its memory."""
-        if request.slot is None:
+    def commit(self, batch: list[Segment]) -> list[Request]:
+        """Move the cursors of a step that has been computed.
+
+        Returns:
+            The requests whose known tokens are now all computed, in the order of the segments that completed them.
+        """
+        complete = []
+        for request, num_tokens, form, fold in batch:
+            assert request.row is not None
+            request.num_computed_tokens += num_tokens
+            if fold:
+                self.memory.folded(request.row)
+                self.num_folds += 1
+            elif form in (LinearForm.BUFFERED, LinearForm.APPENDED):
+                self.memory.fill[request.row] += num_tokens
+            if request.num_computed_tokens == len(request.token_ids):
+                complete.append(request)
+        return complete
+
+    def finish(self, request: Request, *, publish: bool = True) -> None:
+        """Forget a request and free its memory; what it computed is kept for later requests while there is room.
+
+        Args:
+            request: one that waits or runs.
+            publish: whether what it computed is any good.
+        """
+        if request.row is None:
             self.waiting.remove(request)
             return
+        if publish:
+            self.publish(request, ends=True)
         self.running.remove(request)
-        self.memory.release(request.slot)
-        request.slot = None
+        self.memory.release(request.row)
+        request.row = None
+
+    def publish(self, request: Request, *, ends: bool = False) -> None:
+        """Offer what a request has computed to later requests; ``ends`` if it is about to give up its memory."""
+        assert request.row is not None
+        computed = request.token_ids[: request.num_computed_tokens]
+        self.memory.publish(request.row, computed, request.options.cache_salt, ends=ends)
+
+    def _decodes(self) -> Iterator[Segment]:
+        """Take memory for the next token of every decoding request, oldest first; preempt the youngest if need be."""
+        decoding = [request for request in self.running if not request.is_prefilling]
+        rows = np.array([request.row for request in decoding], np.int32)
+        buffer_len = self.forms.buffer_len(int(np.count_nonzero(self.memory.slot[rows] >= 0)))
+        limits = np.where(self.memory.slot[rows] >= 0, buffer_len, self.forms.kv_only_len)
+        due = folds_due(self.memory.fill[rows] - limits, buffer_len)
+        for i, request in enumerate(decoding):
+            segment = None
+            while request.row is not None and segment is None:
+                segment = self._decode(request, buffer_len == 0, i in due)
+                if segment is None:
+                    self._preempt(self.running[-1])
+            if segment is not None:
+                yield segment
+
+    def _decode(self, request: Request, recurrent: bool, due: bool) -> Segment | None:
+        """Take memory for one token of a request; None if there is too little."""
+        memory, row, tokens = self.memory, request.row, len(request.token_ids)
+        assert row is not None
+        fill, has_state = int(memory.fill[row]), memory.slot[row] >= 0
+        recurrent, due = recurrent and has_state, due and fill > 0
+        if due and not recurrent and memory.folds_in_place(row):
+            return Segment(request, 1, LinearForm.BUFFERED, True) if memory.extend(row, tokens, fill) else None
+        full = fill >= memory.plan.max_records
+        if due or recurrent or full:
+            if memory.own_state(row):
+                self.num_folds += fill > 0
+                fill = 0
+            elif full:
+                return None
+        if recurrent and not fill:
+            return Segment(request, 1, LinearForm.RECURRENT) if memory.extend(row, tokens, 0) else None
+        if not memory.extend(row, tokens, fill + 1):
+            # If it is record pages that have run short, a fold makes room.
+            if not (fill and memory.own_state(row)):
+                return None
+            self.num_folds += 1
+            if not memory.extend(row, tokens, 1):
+                return None
+        return Segment(request, 1, LinearForm.BUFFERED)
 
     def _prefilling(self) -> Iterator[Request]:
         """Yield running requests that prefill, then waiting ones for as long as the next one can be admitted."""
         yield from [request for request in self.running if request.is_prefilling]
-        while (request := self.waiting.peek()) is not None:
-            if not self.memory.can_admit(len(request.token_ids)):
-                return
+        while (request := self.waiting.peek(self._num_cached_tokens)) is not None and self._admit(request):
             yield request
 
-    def _admit(self, request: Request) -> None:
-        # Pages for all known tokens are taken at once, so that a prompt never stops half-way for want of memory.
-        self.waiting.pop()
-        if not request.scheduled_at:
-            self.waiting.charge(request, prompt=request.num_prompt_tokens)
-        request.slot = self.memory.admit(len(request.token_ids))
-        request.num_prefill_tokens = len(request.token_ids)
-        self.running.append(request)
-        request.scheduled_at = request.scheduled_at or time.monotonic()
+    def _num_cached_tokens(self, request: Request) -> int:
+        return self.memory.num_cached_tokens(request.token_ids, request.options.cache_salt)
 
-    def _make_room_for_decodes(self) -> None:
-        """Give every decoding request, oldest first, a page for its next token; preempt the youngest if need be."""
-        for request in list(self.running):
-            if request.slot is None or request.is_prefilling:
-                continue
-            tokens = len(request.token_ids)
-            while request.slot is not None and not self.memory.can_grow(request.slot, tokens):
-                self._preempt(self.running[-1])
-            if request.slot is not None:
-                self.memory.grow(request.slot, tokens)
+    def _admit(self, request: Request) -> bool:
+        admission = self.memory.admit(request.token_ids, request.options.cache_salt)
+        if admission is None:
+            return False
+        self.waiting.pop()
+        request.row, request.num_computed_tokens = admission
+        request.num_prefill_tokens = len(request.token_ids)
+        if not request.scheduled_at:
+            request.scheduled_at, request.num_cached_tokens = time.monotonic(), request.num_computed_tokens
+            self.waiting.charge(request, prompt=request.num_prompt_tokens - request.num_cached_tokens)
+        self.running.append(request)
+        return True
+
+    def _prefill(self, request: Request, budget: int) -> list[Segment]:
+        """Return the next tokens of a prompt, at most ``budget``: in chunks, its last ones into the buffer."""
+        memory, row = self.memory, request.row
+        assert row is not None
+        known, computed, fill = len(request.token_ids), request.num_computed_tokens, int(memory.fill[row])
+        remaining, border = known - computed, (known - 1) // PROMPT_TAIL * PROMPT_TAIL
+        if memory.slot[row] < 0 or (computed and fill + remaining <= memory.plan.buffer_len + BUFFER_SLACK):
+            count = min(remaining, budget)
+            fits = count and memory.extend(row, known, fill + count)
+            return [Segment(request, count, LinearForm.APPENDED)] if fits else []
+        if not memory.own_state(row):
+            return []
+        self.num_folds += fill > 0
+        chunk, tail = max(0, border - computed), known - max(border, computed)
+        if chunk + tail > budget:
+            chunk, tail = min(chunk, budget // CHUNK * CHUNK), 0
+        if not memory.extend(row, known, tail):
+            return []
+        parts = ((chunk, LinearForm.CHUNKED), (tail, LinearForm.APPENDED))
+        return [Segment(request, count, form) for count, form in parts if count]
 
     def _preempt(self, request: Request) -> None:
-        """Free a request's memory and queue it first; its tokens are kept and will be computed again."""
-        assert request.slot is not None
+        """Free a request's memory and queue it first; what it computed is kept while there is room."""
+        assert request.row is not None
+        self.publish(request, ends=True)
         self.running.remove(request)
-        self.memory.release(request.slot)
-        request.slot = None
+        self.memory.release(request.row)
+        request.row = None
         request.num_computed_tokens = request.num_prefill_tokens = 0
         self.waiting.push_front(request)
         self.num_preemptions += 1

@@ -1,28 +1,47 @@
-"""What one step hands to the model: a ragged batch of tokens and where each request's memory lies."""
+"""What one step hands to the model: a ragged batch of tokens and where each request's memory lies.
+
+A request's share of a step is one segment, or two: most of a prompt in chunks, its last tokens into the buffer.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class BufferView:
-    """Where the linear-attention layers find each request's state and buffer. B requests.
+class LinearForm(IntEnum):
+    """How the linear-attention layers compute a segment; the segments of a batch are sorted by it."""
 
-    Decoding requests (one new token, appended to the buffer) come first in the batch, then those that prefill.
+    RECURRENT = 0
+    """One token; the state is read and rewritten."""
+    BUFFERED = 1
+    """One token; its record is appended, after a fold of the others where asked for."""
+    CHUNKED = 2
+    """Tokens of a prompt, into the state."""
+    APPENDED = 3
+    """Any number of tokens, whose records are appended: the end of a prompt, or a whole one without a state."""
+
+
+@dataclass(frozen=True)
+class LinearSection:
+    """The segments of a batch that the linear-attention layers compute in one call. S segments.
 
     Attributes:
-        num_decodes: how many of the requests decode.
-        slots: [B] int32, row in the state and convolution pools.
-        page_table: [B, P] int32, record pages.
-        fill: [B] int32, records in the buffer before this step.
-        fold: [B] uint8, fold these records into the state in this step.
-        fresh: [B] uint8, nothing came before this step: state and rolling inputs start at zero.
+        form: how.
+        tokens: which tokens of the batch.
+        cu_seqlens: [S + 1] int32, borders of the segments among these tokens.
+        slots: [S] int32, each request's state; -1 for none (KV only).
+        page_table: [S, P] int32, record pages.
+        fill: [S] int32, records in the buffer before this step.
+        fold: [S] uint8, fold those records into the state first (buffered form).
+        fresh: [S] uint8, nothing came before: the state starts at zero (chunked form).
     """
 
-    num_decodes: int
+    form: LinearForm
+    tokens: slice
+    cu_seqlens: Tensor
     slots: Tensor
     page_table: Tensor
     fill: Tensor
@@ -32,16 +51,17 @@ class BufferView:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """A ragged batch: N tokens of B requests, one after the other.
+    """A ragged batch: N tokens of S segments, one after the other.
 
     Attributes:
         token_ids: [N] int64.
         positions: [N] int32, place of each token in its request.
-        cu_seqlens: [B + 1] int32, borders of the requests among the tokens.
-        context_lens: [B] int32, tokens of each request computed before this step.
-        attention_page_table: [B, P] int32, pages of keys and values.
+        cu_seqlens: [S + 1] int32, borders of the segments among the tokens.
+        context_lens: [S] int32, tokens of each segment's request before it.
+        attention_page_table: [S, P] int32, pages of keys and values.
+        rings: [S] int32, where the convolutions keep each request's last inputs.
         logits_rows: [R] int64, tokens whose next-token logits are wanted.
-        buffer: where states and records lie.
+        sections: the segments by form, together all of them.
     """
 
     token_ids: Tensor
@@ -49,5 +69,6 @@ class ModelInputs:
     cu_seqlens: Tensor
     context_lens: Tensor
     attention_page_table: Tensor
+    rings: Tensor
     logits_rows: Tensor
-    buffer: BufferView
+    sections: tuple[LinearSection, ...]

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.models.config import ModelConfig, MoeConfig
-from kvbuffer.models.inputs import ModelInputs
+from kvbuffer.models.inputs import LinearForm, ModelInputs
 from kvbuffer.models.weights import WeightReader
 from kvbuffer.ops.activation import swiglu
 from kvbuffer.ops.attention import attention_inputs, paged_attention
-from kvbuffer.ops.buffered import buffered_decode
+from kvbuffer.ops.buffered import buffered_decode, buffered_verify, recurrent_decode
 from kvbuffer.ops.chunked import chunked_prefill
 from kvbuffer.ops.conv import causal_conv
 from kvbuffer.ops.layout import Tokens
@@ -63,9 +63,10 @@ class GatedDeltaNet:
 
     def forward(self, x: Tensor, inputs: ModelInputs, cache: LinearCache) -> Tensor:
         """Map [N, hidden] to [N, hidden]; the requests' states, buffers and rolling inputs move on."""
-        shape, view = self.shape, inputs.buffer
+        shape = self.shape
         projected = self.in_proj(x)
-        qkv = causal_conv(projected, self.conv_weight, cache.conv, view.slots, inputs.cu_seqlens, view.fresh)
+        where = (cache.rings, inputs.rings, inputs.cu_seqlens, inputs.context_lens)
+        qkv = causal_conv(projected, self.conv_weight, *where)
         z, b, a = projected[:, shape.conv_dim :].split(
             (shape.value_dim, shape.num_value_heads, shape.num_value_heads), dim=1
         )
@@ -78,17 +79,19 @@ class GatedDeltaNet:
 
     @staticmethod
     def _mix(tokens: Tokens, inputs: ModelInputs, cache: LinearCache) -> Tensor:
-        view, n = inputs.buffer, inputs.buffer.num_decodes
         parts = []
-        if n:
-            out = buffered_decode(
-                GATED_DELTANET, tokens.rows(slice(n)), cache.states, view.slots[:n], cache.records,
-                view.page_table[:n], view.fill[:n], view.fold[:n],
-            )  # fmt: skip
+        for part in inputs.sections:
+            own = tokens if len(inputs.sections) == 1 else tokens.rows(part.tokens)
+            buffer = (cache.states, part.slots, cache.records, part.page_table, part.fill)
+            if part.form is LinearForm.RECURRENT:
+                out = recurrent_decode(GATED_DELTANET, own, cache.states, part.slots)
+            elif part.form is LinearForm.BUFFERED:
+                out = buffered_decode(GATED_DELTANET, own, *buffer, part.fold)
+            elif part.form is LinearForm.CHUNKED:
+                out = chunked_prefill(GATED_DELTANET, own, cache.states, part.slots, part.cu_seqlens, part.fresh)
+            else:
+                out = buffered_verify(GATED_DELTANET, own, *buffer, part.cu_seqlens)
             parts.append(out)
-        if n < view.slots.shape[0]:
-            rest, borders = tokens.rows(slice(n, None)), inputs.cu_seqlens[n:] - n
-            parts.append(chunked_prefill(GATED_DELTANET, rest, cache.states, view.slots[n:], borders, view.fresh[n:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

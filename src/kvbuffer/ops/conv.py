@@ -1,6 +1,7 @@
-"""The short causal convolution in front of a linear-attention layer, with its rolling inputs.
+"""The short causal convolution in front of a linear-attention layer, with its last inputs in rings.
 
-N tokens, B requests, C channels, W taps. The last W - 1 inputs of each request are kept in a pool of slots.
+N tokens, S sequences, C channels, W taps. Position p of a request lies in row ``p % R`` of its ring, so that nothing
+has to be moved when a request goes on, and nothing undone when its last tokens are rejected: at most R - W + 1 of them.
 """
 
 from __future__ import annotations
@@ -14,55 +15,62 @@ from torch import Tensor
 
 from kvbuffer.ops import dispatch
 
+#: Most taps that the kernels take.
+MAX_TAPS = 16
+
 
 @cache
 def _bind(lib: CDLL) -> CDLL:
-    lib.kvb_causal_conv.argtypes = [
-        c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, *[c_int64] * 3,
-    ]  # fmt: skip
+    lib.kvb_causal_conv.argtypes = [c_void_p, c_int64, *[c_void_p] * 6, *[c_int64] * 5]
+    lib.kvb_causal_conv.restype = None
     return lib
 
 
-def causal_conv(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, cu_seqlens: Tensor, fresh: Tensor) -> Tensor:
-    """Return ``silu(conv(x))`` and roll the inputs in ``state`` forward.
+def causal_conv(
+    x: Tensor, weight: Tensor, pool: Tensor, rings: Tensor, cu_seqlens: Tensor, context_lens: Tensor
+) -> Tensor:
+    """Return ``silu(conv(x))`` and keep the last inputs of each request in its ring.
 
     Args:
         x: [N, >= C] float32: the first C columns are the inputs (rows may be strided).
-        weight: [W, C] float32, the oldest tap first.
-        state: [num_slots, W - 1, C] float32; the rows of ``slots`` are read and written.
-        slots: [B] int32, all different.
-        cu_seqlens: [B + 1] int32, borders of the requests in ``x``; a request may be empty.
-        fresh: [B] uint8, 1 where nothing came before: zeros are used instead of ``state``.
+        weight: [W, C] float32, the oldest tap first; W at most 16.
+        pool: [num_rings, R, C] float32 or bfloat16, R >= W - 1; the rings' rows are read and written.
+        rings: [S] int32. Sequences run in order: one that names the ring of an earlier one goes on where that stopped.
+        cu_seqlens: [S + 1] int32, borders of the sequences in ``x``; a sequence may be empty.
+        context_lens: [S] int32, position of each sequence's first token; before position 0 the inputs are zero.
 
     Returns:
         [N, C] float32.
     """
-    (taps, channels), tokens, requests = weight.shape, x.shape[0], slots.shape[0]
+    (taps, channels), tokens = weight.shape, x.shape[0]
     lib = dispatch.cpu_kernels()
     if lib is None:
-        return _causal_conv_portable(x[:, :channels], weight, state, slots, cu_seqlens, fresh)
+        return _causal_conv_portable(x[:, :channels], weight, pool, rings, cu_seqlens, context_lens)
     out = torch.empty(tokens, channels)
     _bind(lib).kvb_causal_conv(
-        x.data_ptr(), x.stride(0), weight.data_ptr(), state.data_ptr(), slots.data_ptr(), cu_seqlens.data_ptr(),
-        fresh.data_ptr(), out.data_ptr(), requests, channels, taps,
+        x.data_ptr(), x.stride(0), weight.data_ptr(), pool.data_ptr(), rings.data_ptr(), cu_seqlens.data_ptr(),
+        context_lens.data_ptr(), out.data_ptr(), rings.shape[0], channels, taps, pool.shape[1],
+        dispatch.DTYPE_CODES[pool.dtype],
     )  # fmt: skip
     return out
 
 
 def _causal_conv_portable(
-    x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, cu_seqlens: Tensor, fresh: Tensor
+    x: Tensor, weight: Tensor, pool: Tensor, rings: Tensor, cu_seqlens: Tensor, context_lens: Tensor
 ) -> Tensor:
-    channels = weight.shape[1]
+    (taps, channels), ring_len = weight.shape, pool.shape[1]
     out = torch.empty(x.shape[0], channels)
     borders = cu_seqlens.tolist()
-    for b, slot in enumerate(slots.tolist()):
-        begin, end = borders[b], borders[b + 1]
+    for s, (ring, context) in enumerate(zip(rings.tolist(), context_lens.tolist(), strict=True)):
+        begin, end = borders[s], borders[s + 1]
         if begin == end:
             continue
-        past = torch.zeros_like(state[slot]) if fresh[b] else state[slot]
+        before = torch.arange(context - taps + 1, context)
+        past = torch.where((before >= 0).unsqueeze(1), pool[ring, before % ring_len].float(), 0.0)
         inputs = torch.cat([past, x[begin:end]])
         taps_first = weight.T.unsqueeze(1)  # [C, 1, W]
         conv = F.conv1d(inputs.T.unsqueeze(0), taps_first, groups=channels)
         out[begin:end] = F.silu(conv[0].T)
-        state[slot] = inputs[end - begin :]
+        kept = torch.arange(max(begin, end - ring_len), end)
+        pool[ring, (context + kept - begin) % ring_len] = x[kept].to(pool.dtype)
     return out
