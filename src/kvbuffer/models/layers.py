@@ -73,13 +73,14 @@ class GatedDeltaNet:
         shape, view = self.shape, inputs.buffer
         projected = self.in_proj.of_add_rms_norm(x, residual, self.input_norm, self.eps)
         qkv = causal_conv(projected, self.conv_weight, cache.conv, view.slots, inputs.cu_seqlens, view.fresh)
-        z, b, a = projected[:, shape.conv_dim :].split(
-            (shape.value_dim, shape.num_value_heads, shape.num_value_heads), dim=1
+        _, z, b, a = projected.split(
+            (shape.conv_dim, shape.value_dim, shape.num_value_heads, shape.num_value_heads), dim=1
         )
-        qk = qkv[:, : 2 * shape.key_dim].unflatten(1, (2 * shape.num_key_heads, shape.key_head_dim))
-        v = qkv[:, 2 * shape.key_dim :].unflatten(1, (shape.num_value_heads, shape.value_head_dim))
+        qk, v = qkv.split((2 * shape.key_dim, shape.value_dim), dim=1)
+        qk = qk.view(-1, 2 * shape.num_key_heads, shape.key_head_dim)
+        v = v.view(-1, shape.num_value_heads, shape.value_head_dim)
         g, beta = gated_delta_inputs(qk, b, a, self.a_log, self.dt_bias)
-        q, k = qk[:, : shape.num_key_heads], qk[:, shape.num_key_heads :]
+        q, k = qk.split(shape.num_key_heads, dim=1)
         out = self._mix(Tokens(q, k, v, g, beta), inputs, cache)
         return self.out_proj.of_gated_rms_norm(out, z, self.norm_weight, self.eps)
 

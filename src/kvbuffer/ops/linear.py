@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbuffer.ops import dispatch
+from kvbuffer.ops import dispatch, memory
 from kvbuffer.ops.norm import add_rms_norm, gated_rms_norm
 
 _P, _I, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -105,7 +105,7 @@ class Linear:
             compute = choose_compute(self._lib, self.dtype)
             scale = weight_scale(weight, compute)
             elements = self._lib.kvb_linear_packed_elements(n, k, compute)
-            self._weight = torch.empty(elements, dtype=packed_dtype(compute))
+            self._weight = memory.empty(elements, dtype=packed_dtype(compute))
             source, packed = weight.contiguous(), self._weight.data_ptr()
             self._lib.kvb_linear_pack(source.data_ptr(), n, k, compute, scale, packed)
             bias_ptr = None if self._bias is None else self._bias.data_ptr()

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from kvbuffer.ops import dispatch
+from kvbuffer.ops import dispatch, memory
 from kvbuffer.ops.linear import choose_compute, packed_dtype, weight_scale
 
 _P, _I, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -90,7 +90,7 @@ class PackedExperts:
             sizes = (ctypes.c_int64(), ctypes.c_int64())
             self.lib.kvb_experts_elements(*shape, self.compute, ctypes.byref(sizes[0]), ctypes.byref(sizes[1]))
             gate_up, down = gate_up.contiguous(), down.contiguous()
-            self.gate_up, self.down = (torch.empty(size.value, dtype=packed_dtype(self.compute)) for size in sizes)
+            self.gate_up, self.down = (memory.empty(size.value, dtype=packed_dtype(self.compute)) for size in sizes)
             self.lib.kvb_experts_pack(
                 gate_up.data_ptr(),
                 down.data_ptr(),

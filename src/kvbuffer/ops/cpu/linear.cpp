@@ -73,7 +73,6 @@ template <class C>
 static void pack(const typename C::Source* weight, int64_t n, int64_t k, float weight_scale,
                  typename C::Element* packed) {
   const int64_t panels = ceil_div(n, kPanel), panel_size = padded_k<C>(k) * kPanel;
-  advise_huge_pages(packed, panels * panel_size * sizeof(*packed));
   // The same split as in linear(): on machines with several memory nodes each thread reads pages near it.
 #pragma omp parallel
   {

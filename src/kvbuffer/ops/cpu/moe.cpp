@@ -114,8 +114,6 @@ template <class C>
 static void pack_experts(const typename C::Source* gate_up, const typename C::Source* down, int64_t experts,
                          WeightScales scales, const ExpertShape<C> shape, typename C::Element* packed_gate_up,
                          typename C::Element* packed_down) {
-  advise_huge_pages(packed_gate_up, experts * shape.gate_up_size() * sizeof(*packed_gate_up));
-  advise_huge_pages(packed_down, experts * shape.down_size() * sizeof(*packed_down));
   auto rows_left = [](int64_t rows, int64_t panel) { return std::clamp<int64_t>(rows - panel * kPanel, 0, kPanel); };
 #pragma omp parallel
   for (int64_t e = 0; e < experts; ++e) {

@@ -1,7 +1,5 @@
 // Packing into the layouts of gemm.h: weights once, rows of activations per call.
 #pragma once
-#include <sys/mman.h>
-
 #include "gemm.h"
 
 namespace kvb {
@@ -77,16 +75,6 @@ static inline void pack_panel(C, const bf16* weight, int64_t rows, int64_t k, fl
 static inline void pack_panel(Float32, const float* weight, int64_t rows, int64_t k, float, float* panel) {
   for (int64_t i = 0; i < padded_k<Float32>(k); ++i)
     for (int64_t n = 0; n < kPanel; ++n) *panel++ = n < rows && i < k ? weight[n * k + i] : 0.f;
-}
-
-// Asks for huge pages under newly allocated weights: streaming through 4 KB pages loses bandwidth to page walks. Advice
-// only, so a refusal is ignored.
-static inline void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + 4095) & ~uintptr_t{4095};
-  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~uintptr_t{4095};
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace kvb
