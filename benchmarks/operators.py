@@ -30,6 +30,7 @@ from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.runner import Runner
 from kvbuffer.models import decoder, layers
 from kvbuffer.ops.linear import Linear
+from kvbuffer.ops.mlp import SwigluMlp
 from peers import MAX_MODEL_LEN
 from report import show_operators
 
@@ -84,11 +85,11 @@ def install(clock: Clock) -> None:
         (layers, "buffered_decode", _buffered_decode),
         (layers, "paged_attention", _paged_attention),
         (layers, "moe_mlp", _moe_mlp),
-        *((layers, name, _streaming(name)) for name in ("attention_inputs", "route", "swiglu", "gated_rms_norm")),
+        *((layers, name, _streaming(name)) for name in ("attention_inputs", "route", "add_rms_norm")),
         *((layers, name, _streaming(name)) for name in ("causal_conv", "gated_delta_inputs", "chunked_prefill")),
-        (decoder, "add_rms_norm", _streaming("add_rms_norm")),
         (engine_module, "sample", _streaming("sample")),
-        (Linear, "__call__", _linear),
+        *((Linear, name, _linear) for name in ("__call__", "of_add_rms_norm", "of_gated_rms_norm")),
+        *((SwigluMlp, name, _swiglu_mlp) for name in ("__call__", "of_add_rms_norm")),
         (decoder.Decoder, "forward", _stage("embedding and Python between operators")),
         (Runner, "_inputs", _stage("building the batch")),
         (Engine, "step", _stage("scheduling, committing, text")),
@@ -159,9 +160,17 @@ def _streaming(label: str) -> Callable[..., Work]:
     )
 
 
-def _linear(result, linear, x, out=None) -> Work:
+def _linear(result, linear, *arguments, **_) -> Work:
+    """A dense layer, with the norm in front of it if there is one."""
     label = f"linear {linear.in_features} -> {linear.out_features}"
-    return Work(label, linear.nbytes + _nbytes(x, result), 2 * x.shape[0] * linear.in_features * linear.out_features)
+    num_flops = 2 * result.shape[0] * linear.in_features * linear.out_features
+    return Work(label, linear.nbytes + _nbytes(*arguments, result), num_flops)
+
+
+def _swiglu_mlp(result, mlp, *arguments) -> Work:
+    weights = mlp.weights
+    num_flops = 6 * result.shape[0] * weights.hidden_size * weights.intermediate_size
+    return Work("mlp", weights.nbytes + _nbytes(*arguments, result), num_flops)
 
 
 def _moe_mlp(result, x, expert_ids, expert_weights, experts) -> Work:

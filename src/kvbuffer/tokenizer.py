@@ -30,6 +30,8 @@ class Tokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"no usable tokenizer in {folder}: {error}") from None
+        # transformers takes as long again to look at the ids as this does to decode them, and that once per token.
+        self._backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
         self.vocab_size: int = len(self._tokenizer)
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         self.has_chat_template: bool = bool(self._tokenizer.chat_template)
@@ -41,9 +43,13 @@ class Tokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``, unchanged by any clean-up of spaces; unknown ids are left out."""
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        text: str
+        if self._backend is not None:
+            text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        else:
+            text = self._tokenizer.decode(
+                ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
         return text
 
     def apply_chat_template(

@@ -7,8 +7,8 @@ import torch
 
 from kvbuffer.ops import dispatch
 from kvbuffer.ops import linear as linear_module
-from kvbuffer.ops.activation import swiglu
 from kvbuffer.ops.linear import Compute, Linear
+from kvbuffer.ops.norm import add_rms_norm, gated_rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16]
 # (N, K): single elements, odd and prime sizes; below, at and above whole panels and K blocks; a deep K.
@@ -158,18 +158,46 @@ def test_writes_into_out(backend: str) -> None:
     assert torch.equal(out, layer(x))
 
 
-def test_swiglu(backend: str) -> None:
-    for m, width in [(0, 8), (1, 1), (3, 17), (5, 64), (300, 100)]:
-        gate_up = 3 * random(m, 2 * width, dtype=torch.float32)
-        gate, up = gate_up.double().chunk(2, dim=-1)
-        y = swiglu(gate_up)
-        assert y.shape == (m, width)
-        torch.testing.assert_close(y, (torch.nn.functional.silu(gate) * up).float(), rtol=1e-5, atol=1e-30)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_norm_in_front_is_the_norm_and_then_the_layer(
+    backend: str, rng: torch.Generator, dtype: torch.dtype, add: bool, with_bias: bool
+) -> None:
+    n, k = 70, 37
+    layer = Linear(random(n, k, dtype=dtype), random(n, dtype=dtype) if with_bias else None)
+    weight = torch.randn(k, generator=rng)
+    for m in (0, 1, 13, 150):
+        x = torch.randn(m, k, generator=rng) if add else None
+        residual = torch.randn(m, k, generator=rng)
+        expected_residual = residual.clone()
+        expected = layer(add_rms_norm(x, expected_residual, weight, 1e-6))
+        assert torch.equal(layer.of_add_rms_norm(x, residual, weight, 1e-6), expected)
+        assert torch.equal(residual, expected_residual)
 
 
-def test_swiglu_of_extreme_gates(backend: str) -> None:
-    gate = torch.tensor([-torch.inf, -1e4, -0.0, 0.0, 1e4, torch.nan])
-    y = swiglu(torch.cat([gate, torch.ones(6)])[None])[0]
-    assert y[1:4].abs().max() < 1e-30
-    assert y[4] == gate[4]
-    assert y[5].isnan()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gated_norm_in_front_is_the_norm_and_then_the_layer(
+    backend: str, rng: torch.Generator, dtype: torch.dtype
+) -> None:
+    n, heads, dim = 70, 3, 21
+    layer, weight = Linear(random(n, heads * dim, dtype=dtype)), torch.randn(dim, generator=rng)
+    for m in (0, 1, 13, 150):
+        x = torch.randn(m, heads, dim, generator=rng)
+        gate = torch.full((m, heads * dim + 9), torch.nan)[:, 4 : 4 + heads * dim]
+        gate.copy_(torch.randn(m, heads * dim, generator=rng))
+        expected = layer(gated_rms_norm(x, gate, weight, 1e-6))
+        assert torch.equal(layer.of_gated_rms_norm(x, gate, weight, 1e-6), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 300), (257, 129)], ids=str)
+def test_rows_behind_a_norm_do_not_depend_on_the_batch_or_the_threads(
+    compute: Compute, rng: torch.Generator, shape: tuple[int, int], threads: Callable[[int], None]
+) -> None:
+    layer, weight = Linear(random(*shape, dtype=weight_dtype(compute))), torch.randn(shape[1], generator=rng)
+    x, residual = torch.randn(2, 200, shape[1], generator=rng)
+    alone = [layer.of_add_rms_norm(x[i : i + 1], residual[i : i + 1].clone(), weight, 1e-6) for i in range(200)]
+    for count in (1, 3):
+        threads(count)
+        assert torch.equal(layer.of_add_rms_norm(x, residual.clone(), weight, 1e-6), torch.cat(alone))

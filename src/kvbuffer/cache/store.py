@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvbuffer.cache.plan import RECORD_PAGE_SIZE, MemoryPlan
 from kvbuffer.cache.shapes import CacheShape
+from kvbuffer.ops import memory
 from kvbuffer.ops.attention import PAGE_SIZE
 from kvbuffer.ops.layout import RecordPages, StatePool
 from kvbuffer.ops.rule import GATED_DELTANET
@@ -45,7 +46,7 @@ def allocate(shape: CacheShape, plan: MemoryPlan) -> list[LinearCache | Attentio
     for kind in shape.layer_types:
         if kind == "full_attention":
             size = (plan.num_attention_pages, 2, shape.num_kv_heads, PAGE_SIZE, shape.head_dim)
-            caches.append(AttentionCache(torch.empty(size, dtype=plan.dtype)))
+            caches.append(AttentionCache(memory.empty(*size, dtype=plan.dtype)))
             continue
         heads = (linear.num_value_heads, linear.key_head_dim, linear.value_head_dim)
         caches.append(

@@ -24,17 +24,14 @@ from kvbuffer.models.layers import (
 )
 from kvbuffer.models.weights import WeightReader
 from kvbuffer.ops.linear import Linear
-from kvbuffer.ops.norm import add_rms_norm
 
 LAYOUTS = {"qwen3_next": qwen3_next, "qwen3_5": qwen3_5}
 
 
 class DecoderLayer(NamedTuple):
-    """One layer: norm, token mixer, norm, MLP, each with its residual add."""
+    """One layer: a token mixer, then an MLP."""
 
-    input_norm: Tensor
     mixer: GatedDeltaNet | GatedAttention
-    mlp_norm: Tensor
     mlp: Mlp
 
 
@@ -78,25 +75,21 @@ class Decoder:
 
     def _layer(self, reader: WeightReader, prefix: str, index: int, rotary: RotaryTable) -> DecoderLayer:
         config = self.config
-        hidden = config.hidden_size
+        input_norm = zero_centred(reader, f"{prefix}input_layernorm.weight", config.hidden_size)
         mixer: GatedDeltaNet | GatedAttention
         if config.layer_types[index] == "linear_attention":
             name = f"{prefix}linear_attn."
-            weight = LAYOUTS[config.layout].in_proj(reader, name, config.linear, hidden)
-            mixer = GatedDeltaNet(reader, name, config, weight)
+            weight = LAYOUTS[config.layout].in_proj(reader, name, config.linear, config.hidden_size)
+            mixer = GatedDeltaNet(reader, name, config, input_norm, weight)
         else:
-            mixer = GatedAttention(reader, f"{prefix}self_attn.", config, rotary)
+            mixer = GatedAttention(reader, f"{prefix}self_attn.", config, input_norm, rotary)
+        mlp_norm = zero_centred(reader, f"{prefix}post_attention_layernorm.weight", config.hidden_size)
         mlp: Mlp
         if config.moe is not None and config.sparse_layers[index]:
-            mlp = SparseMoe(reader, f"{prefix}mlp.", config, config.moe)
+            mlp = SparseMoe(reader, f"{prefix}mlp.", config, mlp_norm, config.moe)
         else:
-            mlp = DenseMlp(reader, f"{prefix}mlp.", hidden, config.intermediate_size)
-        return DecoderLayer(
-            zero_centred(reader, f"{prefix}input_layernorm.weight", hidden),
-            mixer,
-            zero_centred(reader, f"{prefix}post_attention_layernorm.weight", hidden),
-            mlp,
-        )
+            mlp = DenseMlp(reader, f"{prefix}mlp.", config, mlp_norm)
+        return DecoderLayer(mixer, mlp)
 
     @torch.inference_mode()
     def forward(self, inputs: ModelInputs, caches: list[LinearCache | AttentionCache]) -> Tensor:
@@ -109,13 +102,11 @@ class Decoder:
         Returns:
             Logits of the rows asked for, [R, vocab_size] float32.
         """
-        eps = self.config.rms_norm_eps
         residual = F.embedding(inputs.token_ids, self.embedding).float()
         x: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
-            normed = add_rms_norm(x, residual, layer.input_norm, eps)
-            x = layer.mixer.forward(normed, inputs, cache)  # type: ignore[arg-type]  # a layer gets its kind of cache
-            x = layer.mlp.forward(add_rms_norm(x, residual, layer.mlp_norm, eps))
+            x = layer.mixer.forward(x, residual, inputs, cache)  # type: ignore[arg-type]  # a layer gets its kind of cache
+            x = layer.mlp.forward(x, residual)
         assert x is not None
         rows = inputs.logits_rows
-        return self.lm_head(add_rms_norm(x[rows], residual[rows], self.norm, eps))
+        return self.lm_head.of_add_rms_norm(x[rows], residual[rows], self.norm, self.config.rms_norm_eps)

@@ -1,6 +1,9 @@
 """The layers that the served architectures share, built from a checkpoint's weights.
 
 N tokens in the ragged batch, C convolution channels; see :mod:`kvbuffer.models.inputs` for the batch.
+
+Every block (a token mixer or an MLP) begins with the norm of the residual stream. Its ``forward`` takes what the block
+before it returned, which it adds to the residual in place, so that add, norm and first product are one call.
 """
 
 from __future__ import annotations
@@ -14,15 +17,15 @@ from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.models.config import ModelConfig, MoeConfig
 from kvbuffer.models.inputs import LinearForm, ModelInputs
 from kvbuffer.models.weights import WeightReader
-from kvbuffer.ops.activation import swiglu
 from kvbuffer.ops.attention import attention_inputs, paged_attention
 from kvbuffer.ops.buffered import buffered_decode, buffered_verify, recurrent_decode
 from kvbuffer.ops.chunked import chunked_prefill
 from kvbuffer.ops.conv import causal_conv
 from kvbuffer.ops.layout import Tokens
 from kvbuffer.ops.linear import Linear
+from kvbuffer.ops.mlp import SwigluMlp
 from kvbuffer.ops.moe import PackedExperts, moe_mlp, route
-from kvbuffer.ops.norm import gated_delta_inputs, gated_rms_norm
+from kvbuffer.ops.norm import add_rms_norm, gated_delta_inputs
 from kvbuffer.ops.rule import GATED_DELTANET
 
 
@@ -47,12 +50,16 @@ class GatedDeltaNet:
         reader: the checkpoint.
         prefix: its layer's name, with the final dot.
         config: the model.
+        input_norm: [hidden] float32, the norm in front.
         in_proj: [C + HV * V + 2 * HV, hidden]: queries, keys and values, gate z, b and a, each head after head.
     """
 
-    def __init__(self, reader: WeightReader, prefix: str, config: ModelConfig, in_proj: Tensor) -> None:
+    def __init__(
+        self, reader: WeightReader, prefix: str, config: ModelConfig, input_norm: Tensor, in_proj: Tensor
+    ) -> None:
         shape = config.linear
         self.shape, self.eps = shape, config.rms_norm_eps
+        self.input_norm = input_norm
         self.in_proj = Linear(in_proj)
         conv = reader.take_float(f"{prefix}conv1d.weight", shape.conv_dim, 1, shape.conv_kernel)
         self.conv_weight = conv.squeeze(1).T.contiguous()
@@ -61,21 +68,22 @@ class GatedDeltaNet:
         self.norm_weight = reader.take_float(f"{prefix}norm.weight", shape.value_head_dim)
         self.out_proj = Linear(reader.take(f"{prefix}out_proj.weight", config.hidden_size, shape.value_dim))
 
-    def forward(self, x: Tensor, inputs: ModelInputs, cache: LinearCache) -> Tensor:
+    def forward(self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: LinearCache) -> Tensor:
         """Map [N, hidden] to [N, hidden]; the requests' states, buffers and rolling inputs move on."""
         shape = self.shape
-        projected = self.in_proj(x)
+        projected = self.in_proj.of_add_rms_norm(x, residual, self.input_norm, self.eps)
         where = (cache.rings, inputs.rings, inputs.cu_seqlens, inputs.context_lens)
         qkv = causal_conv(projected, self.conv_weight, *where)
-        z, b, a = projected[:, shape.conv_dim :].split(
-            (shape.value_dim, shape.num_value_heads, shape.num_value_heads), dim=1
+        _, z, b, a = projected.split(
+            (shape.conv_dim, shape.value_dim, shape.num_value_heads, shape.num_value_heads), dim=1
         )
-        qk = qkv[:, : 2 * shape.key_dim].unflatten(1, (2 * shape.num_key_heads, shape.key_head_dim))
-        v = qkv[:, 2 * shape.key_dim :].unflatten(1, (shape.num_value_heads, shape.value_head_dim))
+        qk, v = qkv.split((2 * shape.key_dim, shape.value_dim), dim=1)
+        qk = qk.view(-1, 2 * shape.num_key_heads, shape.key_head_dim)
+        v = v.view(-1, shape.num_value_heads, shape.value_head_dim)
         g, beta = gated_delta_inputs(qk, b, a, self.a_log, self.dt_bias)
-        q, k = qk[:, : shape.num_key_heads], qk[:, shape.num_key_heads :]
+        q, k = qk.split(shape.num_key_heads, dim=1)
         out = self._mix(Tokens(q, k, v, g, beta), inputs, cache)
-        return self.out_proj(gated_rms_norm(out, z, self.norm_weight, self.eps))
+        return self.out_proj.of_gated_rms_norm(out, z, self.norm_weight, self.eps)
 
     @staticmethod
     def _mix(tokens: Tokens, inputs: ModelInputs, cache: LinearCache) -> Tensor:
@@ -98,8 +106,10 @@ class GatedDeltaNet:
 class GatedAttention:
     """Full attention with query and key norms, partial rotary embedding and an output gate."""
 
-    def __init__(self, reader: WeightReader, prefix: str, config: ModelConfig, rotary: RotaryTable) -> None:
-        self.config, self.rotary = config, rotary
+    def __init__(
+        self, reader: WeightReader, prefix: str, config: ModelConfig, input_norm: Tensor, rotary: RotaryTable
+    ) -> None:
+        self.config, self.input_norm, self.rotary = config, input_norm, rotary
         heads, dim, hidden = config.num_heads, config.head_dim, config.hidden_size
         kv = config.num_kv_heads * dim
 
@@ -117,10 +127,10 @@ class GatedAttention:
             reader.take(f"{prefix}o_proj.bias", hidden) if config.attention_bias else None,
         )
 
-    def forward(self, x: Tensor, inputs: ModelInputs, cache: AttentionCache) -> Tensor:
+    def forward(self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: AttentionCache) -> Tensor:
         """Map [N, hidden] to [N, hidden]; the new tokens' keys and values are written to their pages."""
         config = self.config
-        projected = self.qkv_proj(x)
+        projected = self.qkv_proj.of_add_rms_norm(x, residual, self.input_norm, config.rms_norm_eps)
         where = (inputs.attention_page_table, inputs.cu_seqlens, inputs.context_lens)
         q = attention_inputs(
             projected, self.q_norm, self.k_norm, self.rotary.cos, self.rotary.sin, inputs.positions, cache.pages,
@@ -133,40 +143,54 @@ class GatedAttention:
 class Mlp(Protocol):
     """What follows the token mixer in a layer."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Map [N, hidden] to [N, hidden]."""
         ...
 
 
 class DenseMlp:
-    """SwiGLU."""
+    """SwiGLU.
 
-    def __init__(self, reader: WeightReader, prefix: str, hidden: int, intermediate: int) -> None:
-        gate_up = [reader.take(f"{prefix}{name}_proj.weight", intermediate, hidden) for name in ("gate", "up")]
-        self.gate_up = Linear(torch.cat(gate_up))
-        self.down = Linear(reader.take(f"{prefix}down_proj.weight", hidden, intermediate))
+    Args:
+        reader: the checkpoint.
+        prefix: its layer's name, with the final dot.
+        config: the model.
+        input_norm: [hidden] float32, the norm in front.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __init__(self, reader: WeightReader, prefix: str, config: ModelConfig, input_norm: Tensor) -> None:
+        self.input_norm, self.eps = input_norm, config.rms_norm_eps
+        self.mlp = _swiglu_mlp(reader, prefix, config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Map [N, hidden] to [N, hidden]."""
-        return self.down(swiglu(self.gate_up(x)))
+        return self.mlp.of_add_rms_norm(x, residual, self.input_norm, self.eps)
 
 
 class SparseMoe:
     """A mixture of SwiGLU experts, of which each token takes the top k, plus one gated expert that all tokens share."""
 
-    def __init__(self, reader: WeightReader, prefix: str, config: ModelConfig, moe: MoeConfig) -> None:
-        self.moe, hidden = moe, config.hidden_size
+    def __init__(
+        self, reader: WeightReader, prefix: str, config: ModelConfig, input_norm: Tensor, moe: MoeConfig
+    ) -> None:
+        self.moe, self.input_norm, self.eps, hidden = moe, input_norm, config.rms_norm_eps, config.hidden_size
         router = reader.take(f"{prefix}gate.weight", moe.num_experts, hidden)
         self.router = Linear(router)
         self.experts = PackedExperts(*_expert_weights(reader, f"{prefix}experts.", hidden, moe))
-        self.shared = DenseMlp(reader, f"{prefix}shared_expert.", hidden, moe.shared_intermediate_size)
+        self.shared = _swiglu_mlp(reader, f"{prefix}shared_expert.", hidden, moe.shared_intermediate_size)
         self.shared_gate = Linear(reader.take(f"{prefix}shared_expert_gate.weight", 1, hidden))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Map [N, hidden] to [N, hidden]."""
-        expert_ids, expert_weights = route(self.router(x), self.moe.top_k, self.moe.normalize)
-        shared = torch.sigmoid(self.shared_gate(x)) * self.shared.forward(x)
-        return moe_mlp(x, expert_ids, expert_weights, self.experts).add_(shared)
+        normed = add_rms_norm(x, residual, self.input_norm, self.eps)
+        expert_ids, expert_weights = route(self.router(normed), self.moe.top_k, self.moe.normalize)
+        shared = torch.sigmoid(self.shared_gate(normed)) * self.shared(normed)
+        return moe_mlp(normed, expert_ids, expert_weights, self.experts).add_(shared)
+
+
+def _swiglu_mlp(reader: WeightReader, prefix: str, hidden: int, intermediate: int) -> SwigluMlp:
+    gate_up = [reader.take(f"{prefix}{name}_proj.weight", intermediate, hidden) for name in ("gate", "up")]
+    return SwigluMlp(torch.cat(gate_up), reader.take(f"{prefix}down_proj.weight", hidden, intermediate))
 
 
 def _expert_weights(reader: WeightReader, prefix: str, hidden: int, moe: MoeConfig) -> tuple[Tensor, Tensor]:

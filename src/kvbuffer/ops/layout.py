@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvbuffer.ops import memory
 from kvbuffer.ops.rule import Decay, UpdateRule
 
 
@@ -62,9 +63,9 @@ class StatePool(NamedTuple):
         device: torch.device | str = "cpu",
     ) -> StatePool:
         """Return an uninitialised pool."""
-        data = torch.empty(num_slots, value_heads, k, v, dtype=dtype, device=device)
+        data = memory.empty(num_slots, value_heads, k, v, dtype=dtype, device=device)
         quantised = dtype == torch.int8
-        return cls(data, torch.empty(num_slots, value_heads, k, device=device) if quantised else None)
+        return cls(data, memory.empty(num_slots, value_heads, k, device=device) if quantised else None)
 
 
 class RecordPages(NamedTuple):
@@ -105,7 +106,7 @@ class RecordPages(NamedTuple):
         width = k if rule.decay is Decay.VECTOR else 1
         pairs = rule.num_pairs
         return cls(
-            torch.empty(num_pages, key_heads, page_size, pairs * k, dtype=dtype, device=device),
-            torch.empty(num_pages, value_heads, page_size, pairs * v, dtype=dtype, device=device),
-            torch.empty(num_pages, value_heads, page_size, width, device=device),
+            memory.empty(num_pages, key_heads, page_size, pairs * k, dtype=dtype, device=device),
+            memory.empty(num_pages, value_heads, page_size, pairs * v, dtype=dtype, device=device),
+            memory.empty(num_pages, value_heads, page_size, width, device=device),
         )

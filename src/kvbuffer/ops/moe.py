@@ -8,8 +8,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from kvbuffer.ops import dispatch
-from kvbuffer.ops.activation import swiglu
+from kvbuffer.ops import dispatch, memory
 from kvbuffer.ops.linear import choose_compute, packed_dtype, weight_scale
 
 _P, _I, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -91,7 +90,7 @@ class PackedExperts:
             sizes = (ctypes.c_int64(), ctypes.c_int64())
             self.lib.kvb_experts_elements(*shape, self.compute, ctypes.byref(sizes[0]), ctypes.byref(sizes[1]))
             gate_up, down = gate_up.contiguous(), down.contiguous()
-            self.gate_up, self.down = (torch.empty(size.value, dtype=packed_dtype(self.compute)) for size in sizes)
+            self.gate_up, self.down = (memory.empty(size.value, dtype=packed_dtype(self.compute)) for size in sizes)
             self.lib.kvb_experts_pack(
                 gate_up.data_ptr(),
                 down.data_ptr(),
@@ -151,7 +150,12 @@ def _moe_mlp_portable(
     for expert in torch.unique(expert_ids).tolist():
         if 0 <= expert < experts.num_experts:
             token, slot = torch.where(expert_ids == expert)
-            hidden = swiglu(F.linear(x[token].to(experts.dtype), experts.gate_up[expert]).float())
-            y = F.linear(hidden.to(experts.dtype), experts.down[expert]).float()
+            y = swiglu_mlp_portable(x[token], experts.gate_up[expert], experts.down[expert])
             total.index_add_(0, token, y * expert_weights[token, slot, None])
     return total
+
+
+def swiglu_mlp_portable(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return down(silu(gate x) * up x), [M, H] float32, for x [M, H], gate_up [2 I, H] and down [H, I]."""
+    gate, up = F.linear(x.to(gate_up.dtype), gate_up).float().chunk(2, dim=-1)
+    return F.linear((F.silu(gate) * up).to(down.dtype), down).float()

@@ -11,8 +11,6 @@
 // two blocks stores the float32 sum and loads it back, which changes no bit). So a row's result depends neither on the
 // other rows nor on the number of threads.
 #pragma once
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -284,46 +282,6 @@ static void multiply(const Tiles& tiles, const typename C::Row* x, int64_t x_str
     }
 }
 
-// Packs `count` <= kBlock columns of one row, zero padded.
-template <class C>
-static inline void pack_row_block(C, const float* from, int64_t count, float, typename C::Row* to) {
-  for (int i = 0; i < C::kBlock; ++i) from_float(i < count ? from[i] : 0.f, to + i);
-}
-#if defined(__AVX512FP16__)
-static inline void pack_row_block(Half, const float* from, int64_t count, float weight_scale, half* to) {
-  float x[Half::kBlock] = {};
-  std::memcpy(x, from, count * sizeof(float));
-  float largest = 0.f;
-  for (float v : x) largest = std::max(largest, std::fabs(v));
-  uint32_t bits;
-  std::memcpy(&bits, &largest, sizeof(bits));
-  const int exponent = std::max(static_cast<int>(bits >> 23) - 127, -110);  // below that, a block counts as zeros
-  const float to_half = std::ldexp(1.f, 7 - exponent), scale = std::ldexp(weight_scale, exponent - 7);
-  for (int i = 0; i < Half::kBlock; i += kLanes) {
-    const __m256i rounded = _mm512_maskz_cvtps_ph(kAll, reinterpret_cast<__m512>(load(x + i) * to_half), 0);
-    std::memcpy(to + i, &rounded, sizeof(rounded));
-  }
-  std::memcpy(to + Half::kBlock, &scale, sizeof(scale));
-}
-#endif
-
-// Packs columns [k, k + width) of all rows; row(i) points to row i, which ends at column `total_k` and is zero padded.
-template <class C, class RowAt>
-static void pack_rows(const Tiles& tiles, RowAt row, int64_t k, int64_t width, int64_t total_k, float weight_scale,
-                      typename C::Row* packed) {
-  for (int64_t t = 0; t < tiles.count; ++t)
-    for (int64_t block = 0; block < width; block += C::kBlock)
-      for (int64_t r = 0; r < tiles.size(t); ++r, packed += C::kRowBlock) {
-        const float* from = row(tiles.begin(t) + r) + k + block;
-        const int64_t left = total_k - k - block;
-        // Two calls, so that the common one has a constant count.
-        if (left >= C::kBlock)
-          pack_row_block(C{}, from, C::kBlock, weight_scale, packed);
-        else
-          pack_row_block(C{}, from, left, weight_scale, packed);
-      }
-}
-
 // The first `columns` of one row of sums.
 static inline void store_columns(const float* sums, int64_t columns, float* out) {
   std::memcpy(out, sums, columns * sizeof(float));
@@ -340,37 +298,6 @@ static inline void with_compute(int code, Run run) {
   else if (code == Half::kCode) run(Half{});
 #endif
   else run(Widened{});
-}
-
-static inline void store_weight(float w, bf16* to) { from_float(w, to); }
-#if defined(__AVX512FP16__)
-static inline void store_weight(float w, half* to) { *to = static_cast<half>(w); }
-#endif
-
-// Packs rows [0, rows) of a row-major weight, divided by weight_scale, into one panel; outputs and columns beyond the
-// weight are zero.
-template <class C>
-static inline void pack_panel(C, const bf16* weight, int64_t rows, int64_t k, float weight_scale,
-                              typename C::Element* panel) {
-  const float factor = 1.f / weight_scale;
-  for (int64_t i = 0; i < padded_k<C>(k); i += 2)
-    for (int64_t n = 0; n < kPanel; ++n)
-      for (int64_t j = i; j < i + 2; ++j)
-        store_weight(n < rows && j < k ? to_float(weight[n * k + j]) * factor : 0.f, panel++);
-}
-static inline void pack_panel(Float32, const float* weight, int64_t rows, int64_t k, float, float* panel) {
-  for (int64_t i = 0; i < padded_k<Float32>(k); ++i)
-    for (int64_t n = 0; n < kPanel; ++n) *panel++ = n < rows && i < k ? weight[n * k + i] : 0.f;
-}
-
-// Asks for huge pages under newly allocated weights: streaming through 4 KB pages loses bandwidth to page walks. Advice
-// only, so a refusal is ignored.
-static inline void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + 4095) & ~uintptr_t{4095};
-  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~uintptr_t{4095};
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // Memory of one thread that grows as needed and is kept between calls; contents are undefined after `get`.

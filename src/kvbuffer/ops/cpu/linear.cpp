@@ -7,65 +7,65 @@
 //   bias    [N] or null                             float32          read
 //   out     [M, N], row stride out_stride           float32          written
 //
-// weight_scale is the power of two by which the packed weights were divided (1 unless computed in float16).
-#include <omp.h>
-
+//   norm    [K] or [norm_dim]                       float32          read: the factor itself
+//
+// weight_scale is the power of two by which the packed weights were divided (1 unless computed in float16). A norm in
+// front of the layer is part of the same call: between two products, a call costs as much as the norm.
 #include <chrono>
 
-#include "gemm.h"
+#include "dense.h"
+#include "norm.h"
 
 namespace kvb {
 namespace {  // names of this file: two files may use the same one
 
-// Blocking for large M: a thread's packed rows stay in its L2 cache. Rows beyond kRowBytes are packed in slices of K, and
-// a slice is used for kGroupPanels panels, whose sums wait for the next slice.
-constexpr int64_t kBlockRows = 12 * kMaxRows;
-constexpr int64_t kRowBytes = 512 * 1024;
-constexpr int64_t kGroupPanels = 32;
-// Below this many multiply-adds waking the other threads costs more than it saves.
-constexpr int64_t kSerialWork = 1 << 18;
+// A layer as the C interface passes it.
+struct Layer {
+  const void* packed;
+  const float* bias;
+  int64_t n, k;
+  float weight_scale;
+  int32_t compute;
+};
+
+template <class Run>
+static void with_layer(const Layer& layer, Run run) {
+  with_compute(layer.compute, [&](auto c) {
+    using C = decltype(c);
+    run(Dense<C>{static_cast<const typename C::Element*>(layer.packed), layer.weight_scale, layer.k,
+                 ceil_div(layer.n, kPanel)});
+  });
+}
+
+// Stores rows of sums, with the bias, into out.
+struct Output {
+  float* out;
+  int64_t stride, n;
+  const float* bias;
+
+  void operator()(int64_t row, int64_t panel, float* sums, int64_t) const {
+    const int64_t column = panel * kPanel, columns = std::min<int64_t>(kPanel, n - column);
+    for (int64_t i = 0; bias && i < columns; ++i) sums[i] += bias[column + i];
+    store_columns(sums, columns, out + row * stride + column);
+  }
+};
 
 template <class C>
-static void linear(const float* x, int64_t x_stride, const typename C::Element* packed, float weight_scale,
-                   const float* bias, float* out, int64_t out_stride, int64_t m, int64_t k, int64_t n) {
-  using Row = typename C::Row;
-  const int64_t width = padded_k<C>(k), panels = ceil_div(n, kPanel), row_blocks = ceil_div(m, kBlockRows);
-  const int64_t units = row_blocks * panels;
-#pragma omp parallel if (m * width * panels * kPanel >= kSerialWork)
+static void linear(const float* x, int64_t x_stride, int64_t m, const Dense<C>& w, const Output& output) {
+#pragma omp parallel if (w.work(m) >= kSerialWork)
+  multiply_share<1>(x, x_stride, m, w, output);
+}
+
+// The same on rows that make_row(row, to) writes first.
+template <class C, class MakeRow>
+static void linear_of(MakeRow make_row, int64_t m, const Dense<C>& w, const Output& output) {
+  static thread_local Workspace space;
+  float* x = space.get<float>(m * w.k);
+#pragma omp parallel if (w.work(m) >= kSerialWork)
   {
-    static thread_local Workspace row_space, sum_space;
-    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const int64_t last = units * (thread + 1) / threads;
-    int64_t packed_block = -1;
-    for (int64_t unit = units * thread / threads; unit < last;) {
-      const int64_t row_block = unit / panels, panel = unit % panels;
-      const int64_t first_row = m * row_block / row_blocks, rows = m * (row_block + 1) / row_blocks - first_row;
-      const int64_t slice_blocks = std::max<int64_t>(1, kRowBytes / (rows * C::kRowBlock * sizeof(Row)));
-      const int64_t slice = std::min(width, slice_blocks * C::kBlock);
-      const int64_t group = slice == width ? 1 : std::min({kGroupPanels, panels - panel, last - unit});
-      const Tiles tiles(rows);
-      Row* row = row_space.get<Row>(rows * packed_width<C>(slice));
-      float* sums = sum_space.get<float>(group * rows * kPanel);
-      for (int64_t begin = 0; begin < width; begin += slice) {
-        const int64_t depth = std::min(slice, width - begin);
-        if (depth < width || packed_block != row_block)
-          pack_rows<C>(tiles, [&](int64_t i) { return x + (first_row + i) * x_stride; }, begin, depth, k, weight_scale,
-                       row);
-        packed_block = row_block;
-        for (int64_t p = 0; p < group; ++p)
-          multiply<C>(tiles, row, packed_width<C>(depth), packed + ((panel + p) * width + begin) * kPanel, depth,
-                      begin == 0, sums + p * rows * kPanel);
-      }
-      for (int64_t p = 0; p < group; ++p) {
-        const int64_t column = (panel + p) * kPanel, columns = std::min<int64_t>(kPanel, n - column);
-        for (int64_t r = 0; r < rows; ++r) {
-          float* y = sums + (p * rows + r) * kPanel;
-          for (int64_t i = 0; bias && i < columns; ++i) y[i] += bias[column + i];
-          store_columns(y, columns, out + (first_row + r) * out_stride + column);
-        }
-      }
-      unit += group;
-    }
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < m; ++r) make_row(r, x + r * w.k);
+    multiply_share<1>(x, w.k, m, w, output);
   }
 }
 
@@ -73,7 +73,6 @@ template <class C>
 static void pack(const typename C::Source* weight, int64_t n, int64_t k, float weight_scale,
                  typename C::Element* packed) {
   const int64_t panels = ceil_div(n, kPanel), panel_size = padded_k<C>(k) * kPanel;
-  advise_huge_pages(packed, panels * panel_size * sizeof(*packed));
   // The same split as in linear(): on machines with several memory nodes each thread reads pages near it.
 #pragma omp parallel
   {
@@ -101,8 +100,8 @@ static double seconds_per_tile() {
   return best;
 }
 
-// The fastest way to multiply bfloat16 on this CPU. An instruction that doubles the rate of one CPU may halve another's,
-// so the ways are timed once; what rounds more has to be faster by far more than the noise.
+// The fastest way to multiply bfloat16 on this CPU. An instruction that doubles the rate of one CPU may halve
+// another's, so the ways are timed once; what rounds more has to be faster by far more than the noise.
 static int bfloat16_compute() {
   int best = Widened::kCode;
   double time = seconds_per_tile<Widened>();
@@ -145,11 +144,30 @@ extern "C" int kvb_bfloat16_compute() {
   return compute;
 }
 
-extern "C" void kvb_linear(const float* x, int64_t x_stride, const void* packed, float weight_scale, const float* bias,
-                           float* out, int64_t out_stride, int64_t m, int64_t k, int64_t n, int compute) {
-  with_compute(compute, [&](auto c) {
-    using C = decltype(c);
-    linear<C>(x, x_stride, static_cast<const typename C::Element*>(packed), weight_scale, bias, out, out_stride, m, k,
-              n);
+extern "C" void kvb_linear(const float* x, int64_t x_stride, int64_t m, const Layer* layer, float* out,
+                           int64_t out_stride) {
+  with_layer(*layer, [&](auto w) { linear(x, x_stride, m, w, {out, out_stride, layer->n, layer->bias}); });
+}
+
+extern "C" void kvb_add_rms_norm_linear(const float* x, float* residual, const float* norm, float eps, int64_t m,
+                                        const Layer* layer, float* out) {
+  const int64_t k = layer->k;
+  with_layer(*layer, [&](auto w) {
+    linear_of(
+        [&](int64_t r, float* to) { add_rms_norm_row(x ? x + r * k : nullptr, residual + r * k, norm, eps, k, to); }, m,
+        w, {out, layer->n, layer->n, layer->bias});
+  });
+}
+
+extern "C" void kvb_gated_rms_norm_linear(const float* x, const float* gate, int64_t gate_stride, const float* norm,
+                                          int64_t norm_dim, float eps, int64_t m, const Layer* layer, float* out) {
+  const int64_t k = layer->k;
+  with_layer(*layer, [&](auto w) {
+    linear_of(
+        [&](int64_t r, float* to) {
+          for (int64_t i = 0; i < k; i += norm_dim)
+            gated_rms_norm_row(x + r * k + i, gate + r * gate_stride + i, norm, eps, norm_dim, to + i);
+        },
+        m, w, {out, layer->n, layer->n, layer->bias});
   });
 }

@@ -15,29 +15,13 @@
 
 #include <vector>
 
-#include "activation.h"
-#include "gemm.h"
+#include "experts.h"
 
 namespace kvb {
 namespace {  // names of this file: two files may use the same one
 
 constexpr int64_t kGroupRows = 8 * kMaxRows;  // packed rows of a group stay in the L2 cache beside the weights
 constexpr int64_t kPairsPerTask = 2;
-
-template <class C>
-struct ExpertShape {
-  ExpertShape(int64_t h, int64_t i) : h(h), i(i), depth_h(padded_k<C>(h)), depth_i(padded_k<C>(i)) {}
-  int64_t pairs() const { return ceil_div(i, kPanel); }   // of one gate and one up panel
-  int64_t panels() const { return ceil_div(h, kPanel); }  // of the down projection
-  int64_t gate_up_size() const { return pairs() * 2 * kPanel * depth_h; }
-  int64_t down_size() const { return panels() * kPanel * depth_i; }
-  int64_t h, i, depth_h, depth_i;
-};
-
-// What the two packed weights were divided by: powers of two, 1 unless computed in float16.
-struct WeightScales {
-  float gate_up, down;
-};
 
 // Up to kGroupRows slots (entries of expert_ids) of one expert: order[begin, begin + rows).
 struct Group {
@@ -59,13 +43,6 @@ static void group_slots(const int32_t* ids, int64_t slots, int64_t experts, std:
   order.resize(ends[experts]);
   for (int64_t s = 0; s < slots; ++s)
     if (known(ids[s])) order[ends[ids[s]]++] = s;
-}
-
-// silu(gate) * up of the first `columns` columns of a row.
-static void store_hidden(const float* gate, const float* up, int64_t columns, float* hidden) {
-  float row[kPanel];
-  for (int v = 0; v < kPanel; v += kLanes) store(row + v, swiglu(load(gate + v), load(up + v)));
-  std::memcpy(hidden, row, columns * sizeof(float));
 }
 
 template <class C>
@@ -137,20 +114,19 @@ template <class C>
 static void pack_experts(const typename C::Source* gate_up, const typename C::Source* down, int64_t experts,
                          WeightScales scales, const ExpertShape<C> shape, typename C::Element* packed_gate_up,
                          typename C::Element* packed_down) {
-  advise_huge_pages(packed_gate_up, experts * shape.gate_up_size() * sizeof(*packed_gate_up));
-  advise_huge_pages(packed_down, experts * shape.down_size() * sizeof(*packed_down));
   auto rows_left = [](int64_t rows, int64_t panel) { return std::clamp<int64_t>(rows - panel * kPanel, 0, kPanel); };
-#pragma omp parallel for
+#pragma omp parallel
   for (int64_t e = 0; e < experts; ++e) {
-    auto* to = packed_gate_up + e * shape.gate_up_size();
+#pragma omp for nowait
     for (int64_t pair = 0; pair < shape.pairs(); ++pair)
-      for (int64_t part = 0; part < 2; ++part, to += kPanel * shape.depth_h)
+      for (int64_t part = 0; part < 2; ++part)
         pack_panel(C{}, gate_up + ((e * 2 + part) * shape.i + pair * kPanel) * shape.h, rows_left(shape.i, pair),
-                   shape.h, scales.gate_up, to);
-    to = packed_down + e * shape.down_size();
-    for (int64_t panel = 0; panel < shape.panels(); ++panel, to += kPanel * shape.depth_i)
+                   shape.h, scales.gate_up,
+                   packed_gate_up + e * shape.gate_up_size() + (pair * 2 + part) * kPanel * shape.depth_h);
+#pragma omp for nowait
+    for (int64_t panel = 0; panel < shape.panels(); ++panel)
       pack_panel(C{}, down + (e * shape.h + panel * kPanel) * shape.i, rows_left(shape.h, panel), shape.i, scales.down,
-                 to);
+                 packed_down + e * shape.down_size() + panel * kPanel * shape.depth_i);
   }
 }
 

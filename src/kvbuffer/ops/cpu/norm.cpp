@@ -1,26 +1,12 @@
 // The row-wise operators around a linear-attention layer: residual add + RMSNorm, gated RMSNorm, and the delta rule's
 // inputs (normalised keys and queries, gates). Each row is reduced in one fixed order by one thread.
-#include <cstddef>
-
-#include "vec.h"
+#include "norm.h"
 
 namespace kvb {
 namespace {  // names of this file: two files may use the same one
 
 // Small calls stay on one thread: waking the others costs more than the work.
 constexpr int64_t kParallelElements = 1 << 14;
-
-static float sum_squares(const float* x, int64_t n) {
-  Vec acc{};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vec v = load(x + i);
-    acc += v * v;
-  }
-  float s = hsum(acc);
-  for (; i < n; ++i) s += x[i] * x[i];
-  return s;
-}
 
 // name      shape    dtype          use
 // x         [N, D]   float32        read
@@ -29,19 +15,8 @@ static float sum_squares(const float* x, int64_t n) {
 // out       [N, D]   float32        written
 static void add_rms_norm(const float* x, float* residual, const float* weight, float* out, int64_t N, int64_t D, float eps) {
 #pragma omp parallel for schedule(static) if (N * D > kParallelElements)
-  for (int64_t r = 0; r < N; ++r) {
-    float *res = residual + r * D, *o = out + r * D;
-    if (x) {
-      const float* in = x + r * D;
-      int64_t i = 0;
-      for (; i + kLanes <= D; i += kLanes) store(res + i, load(res + i) + load(in + i));
-      for (; i < D; ++i) res[i] += in[i];
-    }
-    const float scale = 1.f / std::sqrt(sum_squares(res, D) / D + eps);
-    int64_t i = 0;
-    for (; i + kLanes <= D; i += kLanes) store(o + i, load(res + i) * scale * load(weight + i));
-    for (; i < D; ++i) o[i] = res[i] * scale * weight[i];
-  }
+  for (int64_t r = 0; r < N; ++r)
+    add_rms_norm_row(x ? x + r * D : nullptr, residual + r * D, weight, eps, D, out + r * D);
 }
 
 // name    shape              dtype          use
@@ -52,17 +27,9 @@ static void add_rms_norm(const float* x, float* residual, const float* weight, f
 static void gated_rms_norm(const float* x, const float* gate, int64_t gate_stride, const float* weight, float* out, int64_t N,
                            int64_t H, int64_t V, float eps) {
 #pragma omp parallel for schedule(static) collapse(2) if (N * H * V > kParallelElements)
-  for (int64_t r = 0; r < N; ++r) {
-    for (int64_t h = 0; h < H; ++h) {
-      const float* xi = x + (r * H + h) * V;
-      const float* z = gate + r * gate_stride + h * V;
-      float* o = out + (r * H + h) * V;
-      const float scale = 1.f / std::sqrt(sum_squares(xi, V) / V + eps);
-      int64_t i = 0;
-      for (; i + kLanes <= V; i += kLanes) store(o + i, load(xi + i) * scale * load(weight + i) * silu(load(z + i)));
-      for (; i < V; ++i) o[i] = xi[i] * scale * weight[i] * z[i] * sigmoid(z[i]);
-    }
-  }
+  for (int64_t r = 0; r < N; ++r)
+    for (int64_t h = 0; h < H; ++h)
+      gated_rms_norm_row(x + (r * H + h) * V, gate + r * gate_stride + h * V, weight, eps, V, out + (r * H + h) * V);
 }
 
 // name     shape             dtype          use
