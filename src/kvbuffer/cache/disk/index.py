@@ -65,11 +65,14 @@ class DiskIndex:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
+    def holds(self, name: str) -> bool:
+        """Return whether there is an entry of this name that can be matched."""
+        return name in self._entries and self._entries[name].head is not None
 
     def add(self, entry: Entry) -> None:
-        """Add an entry as the one used last."""
+        """Add an entry as the one used last, in place of any other of its name."""
+        if entry.name in self._entries:
+            self.remove(self._entries[entry.name])
         self._entries[entry.name] = entry
         self.num_bytes += entry.num_bytes
         if entry.head is not None:

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 #: Bytes that may wait to be written.
 QUEUE_BYTES = 256 << 20
+SUBFOLDER = "prefixes"
 _LOCK = "lock"
 _OURS = re.compile(rf"[0-9a-f]{{32}}({re.escape(SUFFIX)}|{re.escape(TEMPORARY_SUFFIX)})")
 
@@ -78,7 +79,7 @@ class DiskTier:
     reads a file in the caller's thread.
 
     Args:
-        folder: the tier's own folder, created if needed, readable by its owner only.
+        folder: the user's. The tier lives in a folder inside, which is readable by its owner only.
         max_bytes: bound on the files' sizes; what was not used for longest is deleted.
         fingerprint: of model and layout (see :func:`~kvbuffer.cache.disk.fingerprint`). Files of another one are not
             used, but count and are evicted like the rest.
@@ -89,31 +90,26 @@ class DiskTier:
     """
 
     def __init__(self, folder: Path, max_bytes: int, fingerprint: str, queue_bytes: int = QUEUE_BYTES) -> None:
-        self._folder, self._max_bytes, self._fingerprint = folder, max_bytes, fingerprint
+        self._folder, self._max_bytes, self._fingerprint = folder / SUBFOLDER, max_bytes, fingerprint
         self._lock = threading.Lock()
         self._index = DiskIndex()
         self._pending: set[str] = set()
         self._stats = DiskStats()
         self._bandwidth = Bandwidth()
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)
-            self._folder_lock = _lock_folder(folder)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.chmod(0o700)
+            self._folder_lock = _lock_folder(self._folder)
+            try:
+                self._scan()
+            except BaseException:
+                os.close(self._folder_lock)
+                raise
         except OSError as error:
             raise ConfigError(
-                f"--cache-dir: {folder} cannot be used ({error.strerror}): give a folder that this user owns and may "
-                "write to, or start without --cache-dir"
+                f"--cache-dir: {self._folder} cannot be used ({error}): give a folder that this user may write to, or "
+                "start without --cache-dir"
             ) from None
-        try:
-            self._scan()
-        except BaseException as error:
-            os.close(self._folder_lock)
-            if isinstance(error, OSError):
-                raise ConfigError(
-                    f"--cache-dir: files in {folder} can be neither read nor deleted ({error}): delete the folder, or "
-                    "give another"
-                ) from None
-            raise
         self._writer = BackgroundWriter(self._write, queue_bytes)
 
     @property
@@ -142,7 +138,7 @@ class DiskTier:
         head = Head(self._fingerprint, _salt_digest(salt), geometry, data.numel(), encode_tokens(token_ids))
         name = head.name
         with self._lock:
-            if name in self._index:
+            if self._index.holds(name):
                 self._index.touch(name)
                 return True
             if name in self._pending:

@@ -1,0 +1,37 @@
+"""Prefixes to save, made up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvbuffer.cache.disk import DiskTier, Geometry
+
+
+def geometry(start: int, end: int) -> Geometry:
+    """Geometry of a prefix that can be cut back to ``start`` tokens."""
+    checkpoint = start // 2
+    return Geometry(start, end, checkpoint, checkpoint > 0, attention_pages=-(-end // 16), record_pages=1)
+
+
+def content(seed: int, num_bytes: int) -> Tensor:
+    """Bytes that differ from seed to seed."""
+    return torch.randint(256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(seed: int, length: int = 40) -> list[int]:
+    """A text that no other seed's text begins like."""
+    return [seed, *range(length - 1)]
+
+
+def save(tier: DiskTier, seed: int, num_bytes: int = 1000, salt: str | None = None) -> bool:
+    """Save the prompt of ``seed`` with the content of ``seed``, and wait until it is on the disk."""
+    accepted = tier.save(prompt(seed), salt, geometry(30, 40), content(seed, num_bytes))
+    tier.flush()
+    return accepted
+
+
+def load(tier: DiskTier, seed: int, salt: str | None = None) -> Tensor | None:
+    """What the tier has for the prompt of ``seed``."""
+    match = tier.match(prompt(seed), salt, 40)
+    return None if match is None else tier.load(match)
