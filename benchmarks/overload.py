@@ -301,7 +301,7 @@ def _arguments() -> argparse.Namespace:
     add("--max-num-seqs", type=int, default=16)
     add("--max-queue-len", type=int, default=128)
     add("--max-model-len", type=int, default=2048)
-    add("--memory", default="64MiB", help="little enough for preemptions")
+    add("--memory", default="64MiB", help="for states, buffers and caches")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="JSON file")
     return parser.parse_args()

@@ -68,7 +68,7 @@ class TestOrder:
         assert names(q) == "a1 b1 c1 a2 b2"
 
     def test_a_round_begins_with_the_client_that_has_waited_longest(self) -> None:
-        q = filled(request("a1", "a", cost=QUANTUM), request("b1", "b", cost=QUANTUM))
+        q = filled(request("a1", "a", cost=QUANTUM + 1), request("b1", "b", cost=QUANTUM + 1))
         assert names(q, 1) == "a1"
         q.push(request("c1", "c"))
         assert names(q, 1) == "b1"
