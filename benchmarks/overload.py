@@ -37,7 +37,7 @@ from peers import HttpSystem
 DEMAND = {"heavy": 0.6, "medium": 0.25, "light": 0.1, "small": 0.05}
 _MIN_OF_FAIR_SHARE = 0.8
 _MAX_RSS_GROWTH = 0.02  # of the resident size, over the second half of the load
-_WARM_UP_SHARE = 0.1  # of the load, before tokens are counted for the shares
+_WARM_UP_SHARE = 0.1  # of a measurement, before anything is counted
 _DRAIN_TIMEOUT_S = 60
 _console = Console(stderr=True)
 
@@ -103,6 +103,13 @@ def max_min_shares(demand: dict[str, float], capacity: float) -> dict[str, float
     for number, (name, wanted) in enumerate(sorted(demand.items(), key=lambda item: item[1])):
         shares[name] = min(wanted, (capacity - sum(shares.values())) / (len(demand) - number))
     return shares
+
+
+def finished_per_second(outcomes: list[Outcome], start: float, seconds: float) -> float:
+    """Answers completed per second, without the first part of the time, in which the server fills up."""
+    since = start + _WARM_UP_SHARE * seconds
+    finished = sum(o.status == 200 and since <= o.end < start + seconds for o in outcomes)
+    return finished / (start + seconds - since)
 
 
 def growth_of(values: list[float]) -> float:
@@ -173,7 +180,7 @@ def run(args: argparse.Namespace, server: Server) -> dict:
     expected = asyncio.run(_alone(server.port, prompts))
     _console.print(f"sustainable rate, {args.measure_seconds} s")
     calm = asyncio.run(closed_loop(server.port, prompts, 2 * args.max_num_seqs, args.measure_seconds))
-    sustainable = len(calm) / (max(o.end for o in calm) - min(o.sent for o in calm))
+    sustainable = finished_per_second(calm, min(o.sent for o in calm), args.measure_seconds)
     calm_counts, calm_faults = judge(calm, expected)
     rates = {name: share * args.factor * sustainable for name, share in DEMAND.items()}
     _console.print(f"{sustainable:.1f} requests/s; now {args.factor} times that for {args.minutes} minutes")
@@ -202,7 +209,7 @@ def run(args: argparse.Namespace, server: Server) -> dict:
     return {
         "sustainable_requests_per_s": sustainable,
         "offered_requests_per_s": len(outcomes) / seconds,
-        "finished_requests_per_s": sum(o.status == 200 and o.end < start + seconds for o in outcomes) / seconds,
+        "finished_requests_per_s": finished_per_second(outcomes, start, seconds),
         "outcomes": dict(counts),
         "calm_outcomes": dict(calm_counts),
         "faults": [*calm_faults, *faults][:20],
