@@ -22,6 +22,7 @@ import time
 import urllib.request
 from collections import Counter
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -39,6 +40,7 @@ _MIN_OF_FAIR_SHARE = 0.8
 _MAX_RSS_GROWTH = 0.02  # of the resident size, over the second half of the load
 _WARM_UP_SHARE = 0.1  # of a measurement, before anything is counted
 _DRAIN_TIMEOUT_S = 60
+_MAX_SILENCE_S = 5
 _console = Console(stderr=True)
 
 
@@ -110,6 +112,12 @@ def finished_per_second(outcomes: list[Outcome], start: float, seconds: float) -
     since = start + _WARM_UP_SHARE * seconds
     finished = sum(o.status == 200 and since <= o.end < start + seconds for o in outcomes)
     return finished / (start + seconds - since)
+
+
+def longest_silence(outcomes: list[Outcome]) -> float:
+    """Most seconds in which no answer began or ended, from the first answer to the last."""
+    moments = sorted(moment for o in outcomes for moment in (o.first, o.end) if moment is not None)
+    return max((after - before for before, after in pairwise(moments)), default=0.0)
 
 
 def growth_of(values: list[float]) -> float:
@@ -203,6 +211,7 @@ def run(args: argparse.Namespace, server: Server) -> dict:
     second_half = loaded[len(loaded) // 2 :]
     growth = growth_of(second_half) / max(1, loaded[-1] if loaded else 1)
     least = min(row["of_fair_share"] for row in clients.values())
+    silence = max(longest_silence(calm), longest_silence(outcomes))
     held = {name: value for name, value in after.items() if name.endswith("_in_use") and value != before[name]}
     unfinished = after["num_requests_running"] + after["num_requests_waiting"]
     refused = sum(value for name, value in after.items() if name.startswith("request_rejected"))
@@ -221,6 +230,7 @@ def run(args: argparse.Namespace, server: Server) -> dict:
             "every answer correct or a clean 429": _check(not calm_faults and not faults, len(calm_faults + faults)),
             "refusals are counted": _check(refused >= counts["refused"], refused),
             "no client starved": _check(least >= _MIN_OF_FAIR_SHARE, least),
+            "never stuck": _check(silence <= _MAX_SILENCE_S, silence),
             "nothing left in the queue": _check(unfinished == 0, unfinished),
             "pools as before": _check(not held, held),
             "resident size steady": _check(growth <= _MAX_RSS_GROWTH, growth),
