@@ -22,6 +22,7 @@ import time
 import urllib.request
 from collections import Counter
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -37,8 +38,9 @@ from peers import HttpSystem
 DEMAND = {"heavy": 0.6, "medium": 0.25, "light": 0.1, "small": 0.05}
 _MIN_OF_FAIR_SHARE = 0.8
 _MAX_RSS_GROWTH = 0.02  # of the resident size, over the second half of the load
-_WARM_UP_SHARE = 0.1  # of the load, before tokens are counted for the shares
+_WARM_UP_SHARE = 0.1  # of a measurement, before anything is counted
 _DRAIN_TIMEOUT_S = 60
+_MAX_SILENCE_S = 5
 _console = Console(stderr=True)
 
 
@@ -103,6 +105,19 @@ def max_min_shares(demand: dict[str, float], capacity: float) -> dict[str, float
     for number, (name, wanted) in enumerate(sorted(demand.items(), key=lambda item: item[1])):
         shares[name] = min(wanted, (capacity - sum(shares.values())) / (len(demand) - number))
     return shares
+
+
+def finished_per_second(outcomes: list[Outcome], start: float, seconds: float) -> float:
+    """Answers completed per second, without the first part of the time, in which the server fills up."""
+    since = start + _WARM_UP_SHARE * seconds
+    finished = sum(o.status == 200 and since <= o.end < start + seconds for o in outcomes)
+    return finished / (start + seconds - since)
+
+
+def longest_silence(outcomes: list[Outcome]) -> float:
+    """Most seconds in which no answer began or ended, from the first answer to the last."""
+    moments = sorted(moment for o in outcomes for moment in (o.first, o.end) if moment is not None)
+    return max((after - before for before, after in pairwise(moments)), default=0.0)
 
 
 def growth_of(values: list[float]) -> float:
@@ -173,7 +188,7 @@ def run(args: argparse.Namespace, server: Server) -> dict:
     expected = asyncio.run(_alone(server.port, prompts))
     _console.print(f"sustainable rate, {args.measure_seconds} s")
     calm = asyncio.run(closed_loop(server.port, prompts, 2 * args.max_num_seqs, args.measure_seconds))
-    sustainable = len(calm) / (max(o.end for o in calm) - min(o.sent for o in calm))
+    sustainable = finished_per_second(calm, min(o.sent for o in calm), args.measure_seconds)
     calm_counts, calm_faults = judge(calm, expected)
     rates = {name: share * args.factor * sustainable for name, share in DEMAND.items()}
     _console.print(f"{sustainable:.1f} requests/s; now {args.factor} times that for {args.minutes} minutes")
@@ -196,13 +211,14 @@ def run(args: argparse.Namespace, server: Server) -> dict:
     second_half = loaded[len(loaded) // 2 :]
     growth = growth_of(second_half) / max(1, loaded[-1] if loaded else 1)
     least = min(row["of_fair_share"] for row in clients.values())
+    silence = max(longest_silence(calm), longest_silence(outcomes))
     held = {name: value for name, value in after.items() if name.endswith("_in_use") and value != before[name]}
     unfinished = after["num_requests_running"] + after["num_requests_waiting"]
     refused = sum(value for name, value in after.items() if name.startswith("request_rejected"))
     return {
         "sustainable_requests_per_s": sustainable,
         "offered_requests_per_s": len(outcomes) / seconds,
-        "finished_requests_per_s": sum(o.status == 200 and o.end < start + seconds for o in outcomes) / seconds,
+        "finished_requests_per_s": finished_per_second(outcomes, start, seconds),
         "outcomes": dict(counts),
         "calm_outcomes": dict(calm_counts),
         "faults": [*calm_faults, *faults][:20],
@@ -214,6 +230,7 @@ def run(args: argparse.Namespace, server: Server) -> dict:
             "every answer correct or a clean 429": _check(not calm_faults and not faults, len(calm_faults + faults)),
             "refusals are counted": _check(refused >= counts["refused"], refused),
             "no client starved": _check(least >= _MIN_OF_FAIR_SHARE, least),
+            "never stuck": _check(silence <= _MAX_SILENCE_S, silence),
             "nothing left in the queue": _check(unfinished == 0, unfinished),
             "pools as before": _check(not held, held),
             "resident size steady": _check(growth <= _MAX_RSS_GROWTH, growth),
@@ -301,7 +318,7 @@ def _arguments() -> argparse.Namespace:
     add("--max-num-seqs", type=int, default=16)
     add("--max-queue-len", type=int, default=128)
     add("--max-model-len", type=int, default=2048)
-    add("--memory", default="64MiB", help="little enough for preemptions")
+    add("--memory", default="64MiB", help="for states, buffers and caches")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="JSON file")
     return parser.parse_args()

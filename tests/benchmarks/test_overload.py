@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from overload import DEMAND, client_table, growth_of, judge, max_min_shares
+from overload import DEMAND, client_table, finished_per_second, growth_of, judge, longest_silence, max_min_shares
 from overload_load import Outcome, Prompt, make_prompts
 
 CLEAN = {"type": "rate_limit_error", "message": "the queue is full (max_queue_len is 3)"}
@@ -55,6 +55,18 @@ def test_every_outcome_is_judged(fields: dict, kind: str) -> None:
     counts, faults = judge([outcome(**fields)], EXPECTED)
     assert counts == {kind: 1}
     assert len(faults) == (kind == "wrong")
+
+
+def test_the_rate_counts_whole_answers_between_the_warm_up_and_the_end() -> None:
+    ends = [0.5, 1.5, 5.0, 9.5, 10.5]
+    outcomes = [outcome(end=end) for end in ends] + [outcome(end=5.0, status=429), outcome(end=5.0, status=0)]
+    assert finished_per_second(outcomes, start=0.0, seconds=10.0) == pytest.approx(3 / 9)
+
+
+def test_silence_is_the_time_without_any_sign_of_life() -> None:
+    outcomes = [outcome(first=1.0, end=2.0), outcome(first=1.5, end=7.0), outcome(first=4.0, end=4.5)]
+    assert longest_silence(outcomes) == 2.5
+    assert longest_silence([]) == 0
 
 
 def test_shares_count_computed_tokens_within_the_window() -> None:

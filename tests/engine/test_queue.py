@@ -67,6 +67,15 @@ class TestOrder:
         q = filled(request("a1", "a"), request("a2", "a"), request("b1", "b"), request("c1", "c"), request("b2", "b"))
         assert names(q) == "a1 b1 c1 a2 b2"
 
+    def test_a_round_begins_with_the_client_that_has_waited_longest(self) -> None:
+        q = filled(request("a1", "a", cost=QUANTUM + 1), request("b1", "b", cost=QUANTUM + 1))
+        assert names(q, 1) == "a1"
+        q.push(request("c1", "c"))
+        assert names(q, 1) == "b1"
+        q.push(request("b2", "b"))
+        q.push(request("a2", "a"))
+        assert names(q) == "c1 b2 a2"
+
     def test_lower_priority_values_first(self) -> None:
         q = filled(request("low", priority=5), request("normal"), request("urgent", priority=-5), request("next"))
         assert names(q) == "urgent normal next low"
@@ -88,6 +97,13 @@ class TestOrder:
         q.push_front(second)
         q.push_front(first)
         assert names(q, locality=lambda r: 9 if r.request_id == "c" else 0) == "a b c"
+
+    def test_a_preempted_request_goes_before_one_that_was_to_be_next(self) -> None:
+        q = filled(request("a"), request("b"))
+        first = take(q)
+        assert q.peek() is not None
+        q.push_front(first)
+        assert names(q) == "a b"
 
     def test_a_preempted_request_does_not_overtake_a_more_urgent_one(self) -> None:
         q = filled(request("low", priority=1))
@@ -141,6 +157,15 @@ class TestCost:
             q.charge(q.pop(), prompt=30)
         assert time.perf_counter() - started < 5  # a walk of the queue for each of them would take minutes
         q.check_integrity()
+
+    def test_clients_that_gave_up_are_forgotten(self) -> None:
+        q = filled(request("waits for memory", "patient"))
+        q.peek()
+        for i in range(100):
+            gone = request("gone", f"gone {i}")
+            q.push(gone)
+            q.remove(gone)
+        assert list(q._levels[0].clients) == ["patient"]
 
     def test_clients_that_left_are_forgotten(self) -> None:
         q = filled(*(request(f"x{i}", "backlogged") for i in range(1000)))
@@ -201,7 +226,7 @@ class TestFairness:
             served.append(take(q).options.client)
             if served[-1] == talker.options.client:
                 q.charge(request("", served[-1]), output=15)
-        assert served.count(talker.options.client) == pytest.approx(10, abs=3)  # 40 tokens against 10
+        assert served.count(talker.options.client) == pytest.approx(8, abs=1)  # 40 tokens against 10
 
     @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-1, 1), st.integers(1, 300)), max_size=30))
     def test_the_order_depends_on_the_requests_alone(self, arrivals: list[tuple[str, int, int]]) -> None:
@@ -223,12 +248,21 @@ class TestNothingStarves:
         assert PATIENCE < waited <= 2 * (PATIENCE + 2 * 30)
 
     def test_and_the_urgent_keep_almost_all_of_the_service(self) -> None:
-        q = filled(*(request(str(i), priority=i) for i in range(1, 50)))
+        q = filled(*(request(str(i), priority=i % 4 + 1) for i in range(40)))
         served = []
-        for _ in range(1000):
+        for _ in range(1300):
             q.push(request("urgent"))
             served.append(take(q).options.priority)
-        assert 9 <= len(served) - served.count(0) <= 10  # one in every 1000 tokens of 10 each
+        favoured = [priority for priority in served if priority]
+        assert favoured == [1, 2, 3, 4] * 3  # one in every 1000 tokens of 10 each, and in turns
+
+    def test_a_priority_that_was_just_served_has_not_been_waiting(self) -> None:
+        q = filled(*(request(str(i), priority=1) for i in range(2 * PATIENCE // 10)))
+        for _ in range(PATIENCE // 10 + 1):
+            take(q)
+        for _ in range(PATIENCE // 10):
+            q.push(request("urgent"))
+            assert take(q).request_id == "urgent"
 
     def test_behind_cached_requests_of_the_same_client(self) -> None:
         q, waited = filled(request("victim")), 0
@@ -236,6 +270,22 @@ class TestNothingStarves:
             q.push(request("cached", cost=30))
             waited += take(q, lambda r: int(r.request_id == "cached")).num_prompt_tokens
         assert PATIENCE < waited <= PATIENCE + 2 * 30
+
+    def test_and_cached_requests_still_go_first_however_much_was_served(self) -> None:
+        q = filled(*(request(str(i)) for i in range(2 * PATIENCE // 10)), request("x", "other"))
+        for _ in range(PATIENCE // 10 + 10):
+            take(q)
+        second = [r for r in q if not r.options.client][1]
+        assert take(q, lambda r: int(r is second)) is second
+
+    def test_and_cached_requests_of_a_client_that_returns(self) -> None:
+        q = filled(request("big", "a", cost=2 * PATIENCE), *(request("x", "b") for _ in range(3 * PATIENCE // 10)))
+        assert take(q).request_id == "big"
+        for name in ("first", "cached"):
+            q.push(request(name, "a"))
+        while (name := take(q, lambda r: int(r.request_id == "cached")).request_id) == "x":
+            pass
+        assert name == "cached"
 
     def test_behind_clients_that_nobody_has_seen_before(self) -> None:
         q = filled(request("big", "victim", cost=10 * QUANTUM), request("second", "victim"))
