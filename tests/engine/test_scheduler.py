@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -35,9 +36,16 @@ def request(name: str, prompt_len: int, max_tokens: int = 8, text: str | None = 
 
 
 def scheduler(
-    slots: int = 8, pages: int = 1000, budget: int = 128, max_model_len: int = 512, buffer_len: int = 16
+    slots: int = 8,
+    pages: int = 1000,
+    budget: int = 128,
+    max_model_len: int = 512,
+    buffer_len: int = 16,
+    record_pages: int | None = None,
 ) -> Scheduler:
     plan = sized_plan(slots, pages, max_model_len, buffer_len=buffer_len, kv_only_len=KV_ONLY_LEN)
+    if record_pages is not None:
+        plan = dataclasses.replace(plan, num_record_pages=record_pages)
     layer = LayerShape(GATED_DELTANET, 2, 4, 16, 32)
     forms = FormPolicy(layer, Costs(Bandwidth(1e9, 1e9)), buffer_len, KV_ONLY_LEN, plan.max_num_seqs)
     return Scheduler(RequestMemory(plan), forms, budget)
@@ -243,6 +251,18 @@ def test_a_long_prompt_never_starves_behind_decodes() -> None:
     counts = [shares(step(s)) for _ in range(4)]
     assert [c["decoding"] for c in counts] == [1, 1, 1, 1]
     assert [c["long"] for c in counts] == [64, 64, 64, 8]
+
+
+def test_a_prompt_never_stops_half_way_for_want_of_record_pages() -> None:
+    """The last 20 tokens of the first prompt would fit into its buffer, whose second page the others hold."""
+    s = scheduler(slots=3, budget=80, record_pages=5)
+    s.add(request("a", 84, max_tokens=2))
+    s.add(request("b", 24, max_tokens=2))
+    s.add(request("c", 24, max_tokens=2))
+    assert forms(step(s)) == [("a", 64, "CHUNKED"), ("b", 16, "APPENDED")]
+    assert s.memory.pools.record_pages.num_free == 0
+    assert forms(step(s))[:2] == [("a", 16, "CHUNKED"), ("a", 4, "APPENDED")]
+    assert sum(len(batch) for batch in steps(s)) > 0
 
 
 class TestForms:

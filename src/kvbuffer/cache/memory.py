@@ -222,7 +222,8 @@ class RequestMemory:
         if slot >= 0 and target != slot:
             self.pools.slots.give_back([slot])
         self.slot[row], self.fill[row] = target, 0
-        self._drop_record_pages(row)
+        if fill:  # empty pages were taken in advance, for the end of a prompt
+            self._drop_record_pages(row)
         return True
 
     def folded(self, row: int) -> None:

@@ -201,8 +201,11 @@ class Scheduler:
         remaining, border = known - computed, (known - 1) // PROMPT_TAIL * PROMPT_TAIL
         if memory.slot[row] < 0 or (computed and fill + remaining <= memory.plan.buffer_len + BUFFER_SLACK):
             count = min(remaining, budget)
-            fits = count and memory.extend(row, known, fill + count)
-            return [Segment(request, count, LinearForm.APPENDED)] if fits else []
+            if count and memory.extend(row, known, fill + count):
+                return [Segment(request, count, LinearForm.APPENDED)]
+            # Only a state makes do with the record pages that were taken at admission.
+            if not count or memory.slot[row] < 0:
+                return []
         if not memory.own_state(row):
             return []
         self.num_folds += fill > 0
