@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from kvbuffer.cache.plan import RECORD_PAGE_SIZE, MemoryPlan, plan_memory
+from kvbuffer.cache.pools import POOL_KINDS
 from kvbuffer.cache.shapes import CacheShape, LinearShape
+from kvbuffer.cache.transfer import block_tensors
 from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.forms import FormPolicy
@@ -57,9 +59,13 @@ def sized_engine(
     buffer_len: int = 4,
     kv_only_len: int = 24,
     tokens: int = 128,
+    pools: dict[str, int] | None = None,
     **options: Any,
 ) -> Engine:
-    """A float32 engine of exactly so many state slots, rings, attention pages and tokens per step."""
+    """A float32 engine of exactly so many state slots, rings, attention pages and tokens per step.
+
+    ``pools`` are fields of the plan that are to be otherwise.
+    """
     config = EngineConfig(
         str(folder), dtype="float32", max_num_batched_tokens=tokens, buffer_len=buffer_len, kv_only_len=kv_only_len,
         max_num_seqs=64, show_progress=False, **options,
@@ -69,7 +75,8 @@ def sized_engine(
     plan = plan_for(model.cache_shape, **lengths, prefix_caching=config.enable_prefix_caching)
     float32 = (torch.float32, torch.float32)
     forms = FormPolicy.for_model(model.cache_shape.linear, *float32, buffer_len, kv_only_len, config.max_num_seqs)
-    return Engine(config, folder, model, _sized(plan, slots, pages), forms, Tokenizer(folder))
+    plan = dataclasses.replace(_sized(plan, slots, pages), **pools or {})
+    return Engine(config, folder, model, plan, forms, Tokenizer(folder))
 
 
 class Outputs:
@@ -95,6 +102,16 @@ def drain(engine: Engine) -> Outputs:
         outputs.add(engine.step())
     check_idle(engine)
     return outputs
+
+
+def poison_free(engine: Engine) -> None:
+    """Fill every block that no one holds with NaN, once the work that still reads some of them is done."""
+    engine._runner.do_memory_work()
+    for kind in POOL_KINDS:
+        pool = engine._memory.pools.by_kind(kind)
+        free = [block for block in range(pool.size) if not pool.references(block)]
+        for tensor in block_tensors(engine._runner.caches, kind):
+            tensor[free] = float("nan") if tensor.dtype.is_floating_point else 77
 
 
 def check_idle(engine: Engine) -> None:

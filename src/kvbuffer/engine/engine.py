@@ -212,8 +212,19 @@ class Engine:
     def step(self) -> list[CompletionDelta]:
         """Schedule, run, commit; return what each request that got a token gained.
 
-        If the model fails, the exception is raised and no request can go on.
+        If that fails, all requests and prefixes are forgotten, for nobody knows what has been written, and the
+        exception is raised.
         """
+        try:
+            return self._step()
+        except BaseException:
+            for request in self._requests.values():
+                self._scheduler.finish(request, publish=False)
+            self._requests.clear()
+            self.reset_prefix_cache()
+            raise
+
+    def _step(self) -> list[CompletionDelta]:
         batch = self._scheduler.schedule()
         if not batch:
             return []
