@@ -1,4 +1,7 @@
-"""Requests come, step and go at random on very little memory; each greedy output is the one obtained alone."""
+"""Requests come, step and go at random on very little memory; each greedy output is the one obtained alone.
+
+Prompts share beginnings, prefixes are kept under several salts and evicted at any moment, and free memory is NaN.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from kvbuffer import SamplingParams
+from kvbuffer.cache.pools import POOL_KINDS, PoolKind
 from kvbuffer.engine.engine import Engine
+from kvbuffer.engine.request import RequestOptions
 from tests.support.checkpoints import VOCAB_SIZE
-from tests.support.plans import Outputs, check_idle, drain, sized_engine
+from tests.support.plans import Outputs, check_idle, drain, poison_free, sized_engine
 
 MAX_LEN = 96
 OUTPUT_LEN = 24
@@ -21,6 +26,7 @@ PROMPTS = [
     torch.randint(3, VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)).tolist()
     for n in (1, 2, 15, 16, 17, 33, 63, 64, 65, 72)
 ]
+PROMPTS += [PROMPTS[-1][:shared] + PROMPTS[5][:own] for shared, own in ((3, 9), (15, 2), (16, 20), (48, 12), (70, 1))]
 
 
 def params(max_tokens: int) -> SamplingParams:
@@ -29,7 +35,7 @@ def params(max_tokens: int) -> SamplingParams:
 
 @pytest.fixture(scope="module")
 def expected(tiny: Path) -> list[list[int]]:
-    engine = sized_engine(tiny, max_model_len=MAX_LEN)
+    engine = sized_engine(tiny, max_model_len=MAX_LEN, enable_prefix_caching=False)
     outputs = []
     for prompt in PROMPTS:
         engine.add_request("r", prompt, params(OUTPUT_LEN))
@@ -46,10 +52,11 @@ def test_any_order_of_events_gives_the_outputs_obtained_alone(tiny: Path, expect
 
     run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=50, deadline=None))
     assert engine.stats.num_preemptions > 0
+    assert engine._memory.prefixes.counters.hits > 0
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Adds, steps and aborts; the model is the table of outputs obtained alone."""
+    """Adds, steps, aborts and evicts; the model is the table of outputs obtained alone."""
 
     def __init__(self, engine: Engine, expected: list[list[int]]) -> None:
         super().__init__()
@@ -59,16 +66,21 @@ class EngineMachine(RuleBasedStateMachine):
         self.live: dict[str, list[int]] = {}
         self.count = 0
 
-    @rule(which=st.integers(0, len(PROMPTS) - 1), max_tokens=st.integers(1, OUTPUT_LEN))
-    def add(self, which: int, max_tokens: int) -> None:
+    @rule(
+        which=st.integers(0, len(PROMPTS) - 1),
+        max_tokens=st.integers(1, OUTPUT_LEN),
+        salt=st.sampled_from([None, None, None, "a", "b"]),
+    )
+    def add(self, which: int, max_tokens: int, salt: str | None) -> None:
         request_id = str(self.count)
         self.count += 1
-        self.engine.add_request(request_id, PROMPTS[which], params(max_tokens))
+        self.engine.add_request(request_id, PROMPTS[which], params(max_tokens), RequestOptions(cache_salt=salt))
         self.live[request_id] = self.expected[which][:max_tokens]
 
     @rule(times=st.integers(1, 6))
     def step(self, times: int) -> None:
         for _ in range(times):
+            poison_free(self.engine)
             deltas = self.engine.step()
             self.outputs.add(deltas)
             assert deltas or not self.engine.has_work() or self.engine.stats.num_running
@@ -82,6 +94,17 @@ class EngineMachine(RuleBasedStateMachine):
             request_id = data.draw(st.sampled_from(sorted(self.live)))
             self.engine.abort_request(request_id)
             del self.live[request_id]
+
+    @rule(kind=st.sampled_from(POOL_KINDS), count=st.integers(1, 4))
+    def evict(self, kind: PoolKind, count: int) -> None:
+        prefixes = self.engine._memory.prefixes
+        assert prefixes is not None
+        evictable = prefixes.num_evictable(kind)
+        assert prefixes.evict(kind, count) >= min(count, evictable)
+
+    @rule()
+    def forget_all_prefixes(self) -> None:
+        self.engine.reset_prefix_cache()
 
     @invariant()
     def memory_is_sound(self) -> None:
