@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -93,7 +93,7 @@ class PrefixCache:
     Args:
         pools: the pools that blocks are of.
         on_evict: called with a snapshot and its attention pages before eviction gives them up, while they can still be
-            read. Must not use the cache.
+            read. Must not use the cache. May be set later.
         clock: the time, for pins.
         pin_share: the part of each pool that may be pinned.
     """
@@ -107,7 +107,7 @@ class PrefixCache:
         pin_share: float = 0.25,
     ) -> None:
         self.pools, self.counters = pools, PrefixCounters()
-        self._on_evict, self._clock = on_evict, clock
+        self.on_evict, self._clock = on_evict, clock
         self._pins = Pins(pools, pin_share)
         self._clear()
 
@@ -221,6 +221,12 @@ class PrefixCache:
         pages = tuple(node.block for node in stored.node.path())
         return self._pins.add(Pin(stored.node, until, blocks_of(stored.snapshot, pages)))
 
+    def snapshots(self) -> Iterator[tuple[list[int], str | None, tuple[int, ...], Snapshot]]:
+        """Go through what is cached, as ``on_evict`` would be given it; the cache must not change meanwhile."""
+        for root in self._roots.values():
+            for node in all_pages(root):
+                yield from map(_prefix_of, node.snapshots)
+
     def clear(self) -> None:
         """Give up everything, pins included."""
         self._pins.clear()
@@ -327,10 +333,8 @@ class PrefixCache:
 
     def _lose(self, stored: StoredSnapshot) -> None:
         """Give up a snapshot, after offering it to ``on_evict``."""
-        if self._on_evict is not None:
-            path = stored.node.path()
-            tokens = [token for node in path for token in node.tokens][: stored.snapshot.end]
-            self._on_evict(tokens, stored.node.salt, tuple(node.block for node in path), stored.snapshot)
+        if self.on_evict is not None:
+            self.on_evict(*_prefix_of(stored))
         self._remove_snapshot(stored)
 
     def _remove_snapshot(self, stored: StoredSnapshot) -> None:
@@ -341,3 +345,9 @@ class PrefixCache:
             if not self._with_slot[slot]:
                 del self._with_slot[slot]
         self.pools.drop(blocks_of(stored.snapshot))
+
+
+def _prefix_of(stored: StoredSnapshot) -> tuple[list[int], str | None, tuple[int, ...], Snapshot]:
+    path = stored.node.path()
+    tokens = [token for node in path for token in node.tokens][: stored.snapshot.end]
+    return tokens, stored.node.salt, tuple(node.block for node in path), stored.snapshot
