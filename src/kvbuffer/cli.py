@@ -16,6 +16,8 @@ from kvbuffer import __version__
 from kvbuffer.bench.command import bench
 from kvbuffer.cli_options import (
     BufferLen,
+    CacheDir,
+    CacheDirSize,
     Dtype,
     DtypeOption,
     KvOnlyLen,
@@ -72,6 +74,8 @@ def serve(
     state_dtype: StateDtypeOption = StateDtype.AUTO,
     record_dtype: RecordDtype = Dtype.AUTO,
     enable_prefix_caching: PrefixCaching = True,
+    cache_dir: CacheDir = None,
+    cache_dir_size: CacheDirSize = defaults.CACHE_DIR_BYTES,
     threads: Threads = None,
     chat_template: Annotated[
         Path | None,
@@ -110,6 +114,8 @@ def serve(
         state_dtype=state_dtype.value,
         record_dtype=record_dtype.value,
         enable_prefix_caching=enable_prefix_caching,
+        cache_dir=cache_dir,
+        cache_dir_bytes=cache_dir_size,
         threads=threads,
     )
     print(engine.plan.describe())

@@ -96,5 +96,12 @@ KvOnlyLen = Annotated[
     int | None,
     typer.Option(min=0, help="Tokens that a request has before it gets a state; default: as long as that pays."),
 ]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False, help="Folder for cached prefixes that memory has no room for, and for all of them at the end."
+    ),
+]
+CacheDirSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Most bytes in --cache-dir.")]
 PrefixCaching = Annotated[bool, typer.Option(help="Reuse what earlier requests with the same beginning computed.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")]

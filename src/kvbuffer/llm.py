@@ -103,6 +103,14 @@ class LLM:
         options = [_options(prompt, urgency) for prompt, urgency in zip(items, priorities, strict=True)]
         return self._run([self._prompt(prompt) for prompt in items], options, sampling_params, use_tqdm)
 
+    def close(self) -> None:
+        """Save what is cached to ``cache_dir``, if there is one; nothing can be generated afterwards."""
+        self.engine.close()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what earlier prompts left behind."""
+        self.engine.reset_prefix_cache()
+
     def chat(
         self,
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],

@@ -98,6 +98,16 @@ def test_other_projects_compute_the_same() -> None:
     assert sample_error(peer, SMALL, "cpu") < 1e-6
 
 
+@pytest.mark.parametrize(("layers", "calls"), [(1, 5), (5, 5), (6, 10), (23, 25)])
+def test_a_pass_is_whole_cycles_over_all_layers(layers: int, calls: int) -> None:
+    form, tokens = buffered(5), random_tokens(SMALL.rule, 1, 1, 2, 16, 16)
+    seen: list[tuple[int, int]] = []
+    form.run_pass(lambda n, layer, tokens: seen.append((n, layer)) or tokens.v, layers, tokens)  # type: ignore[func-returns-value]
+    assert len(seen) == form.calls_in_pass(layers) == calls
+    assert [n for n, _ in seen] == [5, 6, 7, 8, 9] * (calls // 5)
+    assert [layer for _, layer in seen] == [i % layers for i in range(calls)]
+
+
 def test_pools_past_the_cache_have_states_of_the_working_set_and_no_more_pages_than_that() -> None:
     working_set = 100 * SMALL.state_bytes
     pools = Pools.past_the_cache(SMALL, 3, 40, working_set)

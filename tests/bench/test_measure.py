@@ -53,7 +53,7 @@ def test_bytes_bounds_and_ratios_follow_from_the_times(monkeypatch: pytest.Monke
     for row, calls in ((base, 1), (decode, 4), (check, 2)):
         assert row.seconds is not None
         assert row.bytes is not None
-        assert row.seconds == 1 / (calls * row.layers)
+        assert row.seconds == 1 / (calls * -(-row.layers // calls))
         assert row.bandwidth == pytest.approx(row.bytes / row.seconds)
         assert row.of_bound == pytest.approx(row.bytes / row.seconds)
     assert base.bytes == 2 * 2 * SMALL.state_bytes
@@ -62,6 +62,23 @@ def test_bytes_bounds_and_ratios_follow_from_the_times(monkeypatch: pytest.Monke
     assert base.seconds is not None
     assert check.vs_recurrent == pytest.approx(check.seconds / 2 / base.seconds)
     assert prompt.of_bound is None
+
+
+def test_slow_forms_are_timed_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probes of the bandwidth are quick; passes of a form take longer than all of a form's time, but the first."""
+    timed: list[object] = []
+
+    def seconds_of(call: object, device: str) -> float:
+        timed.append(call)
+        return 1.1 * measure._CASE_S if "run_pass" in str(call) else 1e-3 * measure._CASE_S
+
+    monkeypatch.setattr(measure, "seconds_of", seconds_of)
+    measure.measure(SMALL, TIERS[:1], [buffered(4)], **{**SETTINGS, "rounds": 9})
+    passes = [call for call in timed if "run_pass" in str(call)]
+    probes = {call for call in timed if "lambda" not in str(call)} - set(passes)
+    assert all(passes.count(call) == measure._LEAST_ROUNDS for call in passes)
+    assert probes
+    assert all(timed.count(call) == 9 for call in probes)
 
 
 def test_wrong_results_get_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:

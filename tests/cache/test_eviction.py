@@ -1,4 +1,4 @@
-"""The eviction queue gives up what saves least for its age, whatever happened to its items since they went in."""
+"""What is least worth keeping goes first, whatever happened since it was stored; what that is, is learned."""
 
 from __future__ import annotations
 
@@ -7,51 +7,49 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbuffer.cache.eviction import EvictionQueue
+from kvbuffer.cache.eviction import EvictionQueue, Usefulness
+from kvbuffer.cache.prefix_tree import Node, Origin, StoredSnapshot, attach
+from kvbuffer.cache.snapshot import Snapshot
+from kvbuffer.ops.attention import PAGE_SIZE
+from tests.support.prefixes import make_pools
 
 
 @dataclass(eq=False)
 class Item:
-    value: float
-    recency: float = 0.0
+    priority: float
     queued: bool = False
     alive: bool = True
 
 
 def queue_of(items: list[Item]) -> EvictionQueue[Item]:
-    queue = EvictionQueue[Item](lambda item: item.value)
+    queue = EvictionQueue[Item](lambda item: item.priority)
     for item in items:
         queue.push(item)
     return queue
 
 
 @given(st.lists(st.integers(0, 5).map(float)))
-def test_the_least_valuable_comes_first_and_the_oldest_of_equals(values: list[float]) -> None:
-    items = [Item(value) for value in values]
+def test_the_lowest_comes_first_and_the_oldest_of_equals(priorities: list[float]) -> None:
+    items = [Item(priority) for priority in priorities]
     queue = queue_of(items)
-    assert [queue.pop() for _ in items] == sorted(items, key=lambda item: item.value)
+    assert [queue.pop() for _ in items] == sorted(items, key=lambda item: item.priority)
     assert queue.pop() is None
 
 
-def test_what_is_used_or_gains_in_value_moves_back() -> None:
-    first, second, third, fourth = items = [Item(1.0), Item(2.0), Item(3.0), Item(4.5)]
+def test_what_rises_moves_back() -> None:
+    first, second, third = items = [Item(1.0), Item(2.0), Item(3.0)]
     queue = queue_of(items)
-    assert queue.pop() is first
-    second.value = 3.5
-    queue.touch(third)  # the clock stands at 1: 1 + 3
-    assert [queue.pop(), queue.pop(), queue.pop()] == [second, third, fourth]
+    first.priority = 2.5
+    assert [queue.pop(), queue.pop(), queue.pop()] == [second, first, third]
 
 
-def test_the_valuable_age_too() -> None:
-    valuable = Item(5.0)
-    queue = queue_of([valuable])
-    for _ in range(10):
-        cheap = Item(1.0)
-        queue.touch(cheap)
-        queue.push(cheap)
-        if queue.pop() is valuable:
-            return
-    raise AssertionError("never given up")
+def test_what_falls_is_noticed_before_long() -> None:
+    items = [Item(float(i)) for i in range(50)]
+    queue = queue_of(items)
+    items[-1].priority = -1.0
+    for _ in range(100):
+        queue.push(Item(100.0))
+    assert queue.pop() is items[-1]
 
 
 def test_an_item_is_in_the_queue_once() -> None:
@@ -69,3 +67,79 @@ def test_the_dead_are_passed_over_and_forgotten() -> None:
         item.alive = False
     assert len(queue._heap) < 200
     assert queue.pop() is None
+
+
+class Stored:
+    """Snapshots of texts of 160 tokens that have nothing in common."""
+
+    def __init__(self) -> None:
+        self.usefulness = Usefulness(make_pools())
+
+    def store(self, origin: Origin, end: int = 160, slot: int | None = 0) -> StoredSnapshot:
+        node = Node.root(None)
+        for start in range(0, end, PAGE_SIZE):
+            node = node.add(tuple(range(start, min(end, start + PAGE_SIZE))), 0)
+        stored = StoredSnapshot(Snapshot(end, end, end, slot, (), 0), node, origin, self.usefulness.now)
+        attach(stored)
+        self.usefulness.note_stored(origin)
+        return stored
+
+    def use(self, stored: StoredSnapshot) -> None:
+        self.usefulness.now += 1
+        stored.recency = self.usefulness.now
+        self.usefulness.note_used(stored)
+
+    def order(self, *stored: StoredSnapshot) -> list[StoredSnapshot]:
+        return sorted(stored, key=self.usefulness.of_snapshot)
+
+
+def test_what_saves_more_tokens_or_takes_fewer_bytes_is_worth_more() -> None:
+    texts = Stored()
+    short, long, light = texts.store("output", 100), texts.store("output", 160), texts.store("output", 100, slot=None)
+    assert texts.order(short, long, light) == [short, long, light]
+
+
+def test_what_was_used_lately_is_worth_more() -> None:
+    texts = Stored()
+    first, second = texts.store("output"), texts.store("output")
+    texts.use(second)
+    texts.use(first)
+    assert texts.order(first, second) == [second, first]
+
+
+def test_worth_that_is_not_called_on_fades() -> None:
+    texts = Stored()
+    long, short = texts.store("output", 160), texts.store("output", 32)
+    assert texts.order(long, short) == [short, long]
+    texts.usefulness.now += 20
+    assert texts.order(long, texts.store("output", 32))[0] is long
+
+
+def test_which_kind_of_snapshot_is_used_is_learned() -> None:
+    texts = Stored()
+    for _ in range(10):
+        texts.use(texts.store("prompt"))
+        texts.store("output")
+    prompt, output = texts.store("prompt"), texts.store("output")
+    assert texts.order(prompt, output) == [output, prompt]
+
+
+def test_what_is_never_used_twice_is_worth_little_after_its_use() -> None:
+    texts = Stored()
+    for _ in range(10):
+        used = texts.store("output")
+        texts.use(used)
+    fresh = texts.store("output")
+    assert texts.order(used, fresh) == [used, fresh]
+
+
+def test_a_change_of_habits_is_learned_too() -> None:
+    texts = Stored()
+    for _ in range(3000):
+        texts.use(texts.store("prompt"))
+        texts.store("output")
+    for _ in range(3000):
+        texts.store("prompt")
+        texts.use(texts.store("output"))
+    prompt, output = texts.store("prompt"), texts.store("output")
+    assert texts.order(prompt, output) == [prompt, output]

@@ -22,8 +22,8 @@ def plan(slots: int = 4, pages: int = 20, **options) -> MemoryPlan:
 
 def admit(memory: RequestMemory, tokens: list[int]) -> tuple[int, int]:
     admission = memory.admit(tokens)
-    assert admission is not None
-    return admission
+    assert not isinstance(admission, str), admission
+    return admission.row, admission.num_cached_tokens
 
 
 def pages(memory: RequestMemory, row: int, count: int) -> list[int]:
@@ -46,13 +46,16 @@ class TestAdmission:
         assert memory.pools.record_pages.num_used == 1
         assert memory.work == []
 
-    @pytest.mark.parametrize(("tokens", "slots", "attention"), [(41, 0, 8), (100, 4, 6), (1, 4, 0)])
-    def test_without_memory_nothing_changes(self, tokens: int, slots: int, attention: int) -> None:
+    @pytest.mark.parametrize(
+        ("tokens", "slots", "attention", "short"),
+        [(41, 0, 8, "state slots"), (100, 4, 6, "attention pages"), (1, 4, 0, "attention pages")],
+    )
+    def test_without_memory_nothing_changes(self, tokens: int, slots: int, attention: int, short: str) -> None:
         memory = RequestMemory(plan(slots=4, pages=8))
         memory.pools.slots.take(4 - slots)
         memory.pools.attention_pages.take(8 - attention)
         before = [pool.num_free for pool in memory.pools[:4]]
-        assert memory.admit([1] * tokens) is None
+        assert memory.admit([1] * tokens) == short
         assert [pool.num_free for pool in memory.pools[:4]] == before
         assert memory.rows.num_used == 0
 
@@ -129,8 +132,8 @@ class TestSharing:
         memory = RequestMemory(plan())
         self.published(memory)
         admission = memory.admit(self.tokens, "someone else")
-        assert admission is not None
-        assert admission[1] == 0
+        assert not isinstance(admission, str)
+        assert (admission.num_cached_tokens, admission.branch) == (0, 0)
 
     def test_what_is_published_is_evicted_when_memory_is_wanted(self) -> None:
         memory = RequestMemory(plan(slots=2, pages=8))
@@ -163,9 +166,9 @@ class RequestMemoryMachine(RuleBasedStateMachine):
     def admit(self, length: int, fork: int, end: int) -> None:
         tokens = [*TEXT[: min(fork, length)], *[end] * (length - fork)]
         admission = self.memory.admit(tokens)
-        if admission is None:
+        if isinstance(admission, str):
             return
-        row, cached = admission
+        row, cached, _ = admission
         assert row not in self.live
         assert cached < length
         if self.memory.slot[row] < 0 or cached:

@@ -20,7 +20,9 @@ def admitted(plan: MemoryPlan, tokens: int) -> int:
     """Requests of ``tokens`` tokens that really get memory."""
     memory, count = RequestMemory(plan), 0
     records = plan.buffer_len + BUFFER_SLACK if plan.starts_with_state(tokens) else tokens
-    while (admission := memory.admit([count] * tokens)) is not None and memory.extend(admission[0], tokens, records):
+    while not isinstance(admission := memory.admit([count] * tokens), str):
+        if not memory.extend(admission.row, tokens, records):
+            break
         count += 1
     memory.check_integrity()
     return count

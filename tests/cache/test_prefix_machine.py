@@ -99,8 +99,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
     def pin(self, salt: str | None, text: list[int], seconds: int) -> None:
         resumable = self.cache.match(text, salt, len(text)).num_tokens
         if self.cache.pin(text, salt, self.now + seconds):
-            self.cache.evict("slots", 8)
-            self.cache.evict("attention_pages", 24)
+            for kind in POOL_KINDS:
+                self.cache.evict(kind, self.cache.num_evictable(kind))
             self.pages_evicted = True
             assert self.cache.match(text, salt, len(text)).num_tokens == resumable > 0
 

@@ -129,8 +129,8 @@ class TestMemory:
             few.step()
             few.check_integrity()
             stats = few.stats
-            assert stats.state_slots_used <= min(stats.num_running, 2)
-            assert stats.attention_pages_used <= stats.attention_pages_total == 8
+            assert stats.pools["slots"].used <= min(stats.num_running, 2)
+            assert stats.pools["attention_pages"].used <= stats.pools["attention_pages"].total == 8
         check_idle(few)
 
     @pytest.mark.parametrize("buffer_len", [1, 4, 16])
@@ -154,7 +154,7 @@ class TestMemory:
         slots = []
         while engine.has_work():
             engine.step()
-            slots.append(engine.stats.state_slots_used)
+            slots.append(engine.stats.pools["slots"].used)
         # The prompt and three decoded tokens without a state; folds before decoded tokens 4 (all six), 8 and 11.
         assert slots == [0] * 4 + [1] * 9 + [0]
         assert engine.stats.num_folds == 3
@@ -178,10 +178,10 @@ class TestAbort:
 
     def test_of_a_preempted_request(self, tiny: Path) -> None:
         engine = sized_engine(tiny, slots=2, pages=8, max_model_len=MAX_LEN)
-        for name in "ab":
-            engine.add_request(name, [9] * 60, greedy(60))
+        for token, name in enumerate("ab", 9):
+            engine.add_request(name, [token] * 60, greedy(60))
         while engine.stats.num_preemptions == 0:
-            engine.step()
+            assert engine.step()
         assert [r.request_id for r in engine._scheduler.waiting] == ["b"]
         engine.abort_request("b")
         engine.check_integrity()

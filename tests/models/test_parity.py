@@ -83,7 +83,7 @@ def run(oracle: Oracle, together: bool = True, **options: int) -> list[list[int]
     batches = [oracle.prompts] if together else [[prompt] for prompt in oracle.prompts]
     results = [output for batch in batches for output in llm.generate(batch, params, use_tqdm=False)]
     llm.engine.check_integrity()
-    assert llm.engine.stats.state_slots_used == llm.engine.stats.attention_pages_used == 0
+    assert all(pool.used == 0 for pool in llm.engine.stats.pools.values())
     return [output.outputs[0].token_ids for output in results]
 
 

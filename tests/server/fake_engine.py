@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from kvbuffer.cache.pools import POOL_KINDS
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
 from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReason, RequestOptions, TokenLogprob
 from kvbuffer.engine.sampling_params import SamplingParams
+from kvbuffer.engine.stats import EngineStats, PoolStats
 from kvbuffer.errors import InvalidRequestError, QueueFullError
 
 EOS = 256
@@ -81,22 +83,21 @@ class FakeEngine:
     options: list[RequestOptions] = field(default_factory=list)
     num_steps: int = 0
     num_aborted: int = 0
+    num_closed: int = 0
 
     @property
-    def stats(self) -> SimpleNamespace:
+    def stats(self) -> EngineStats:
         running = min(len(self.requests), self.max_num_seqs)
-        return SimpleNamespace(
+        used = PoolStats(running, 5, self.max_num_seqs)
+        return EngineStats(
             num_running=running,
             num_waiting=len(self.requests) - running,
-            num_preemptions=0,
             num_folds=7,
-            attention_pages_used=running,
-            attention_pages_total=self.max_num_seqs,
-            state_slots_used=running,
-            state_slots_total=self.max_num_seqs,
-            record_pages_used=0,
-            record_pages_total=4,
+            pools=dict.fromkeys(POOL_KINDS, used),
         )
+
+    def close(self) -> None:
+        self.num_closed += 1
 
     def add_request(
         self,

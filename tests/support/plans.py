@@ -119,4 +119,4 @@ def check_idle(engine: Engine) -> None:
     engine.check_integrity()
     stats = engine.stats
     assert stats.num_running == stats.num_waiting == 0
-    assert stats.state_slots_used == stats.record_pages_used == stats.attention_pages_used == 0
+    assert all(pool.used == 0 for pool in stats.pools.values())

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
+from typing import TypeVar
 
+from torch import Tensor
+
+from kvbuffer.bench.forms import Step, TimedForm, buffered, recurrent
 from kvbuffer.bench.pools import Pools
-from kvbuffer.ops.buffered import buffered_decode, recurrent_decode
+from kvbuffer.ops.buffered import buffered_decode
 from kvbuffer.ops.calibration import costs_of, random_tokens, seconds_of
 from kvbuffer.ops.cost import KV_ONLY, RECURRENT, Form, FormKind, LayerShape, choose, step_seconds
+from kvbuffer.ops.layout import Tokens
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,7 @@ def check_choices(
 ) -> list[Choice]:
     """Measure every form that could be chosen, and compare.
 
-    The steps of a cycle are timed one by one (reading the state and n records; folding m), so that one sweep gives the
-    time of every buffer length.
+    A buffered form is timed in passes of whole cycles, folds included.
 
     Args:
         shape: the layer.
@@ -63,18 +70,16 @@ def check_choices(
         contexts: tokens of each request before the step.
         buffer_lengths: the m that may be chosen.
         working_set: bytes of states that a step through all layers reads.
-        rounds: how often each step is timed, in turns; the median counts.
+        rounds: how often each form is timed, in turns; the median counts.
         device: where to run.
     """
     pools = Pools.past_the_cache(shape, batch, max(*contexts, *buffer_lengths) + 1, working_set, device)
-    times = {key: median(values) for key, values in _step_times(pools, contexts, buffer_lengths, rounds).items()}
-    measured: dict[Form, float] = {RECURRENT: times["recurrent", 0]}
-    for m in buffer_lengths:
-        measured[Form(FormKind.BUFFERED, m)] = (times["fold", m] + sum(times["read", n] for n in range(1, m))) / m
+    measured = {form: median(times) for form, times in _step_times(pools, buffer_lengths, rounds).items()}
+    kv_only = {context: median(times) for context, times in _kv_only_times(pools, contexts, rounds).items()}
     costs = costs_of(shape, device)
     choices = []
     for context in contexts:
-        measured[KV_ONLY] = times["KV only", context]
+        measured[KV_ONLY] = kv_only[context]
         chosen = choose(shape, batch, context, costs, buffer_lengths=buffer_lengths)
         best = min(measured, key=lambda form: measured[form])
         choices.append(
@@ -95,35 +100,41 @@ def check_choices(
     return choices
 
 
-def _step_times(
-    pools: Pools, contexts: Sequence[int], buffer_lengths: Sequence[int], rounds: int
-) -> dict[tuple[str, int], list[float]]:
-    """Return the times of a step of one layer, by kind of step and number of records before it."""
-    shape, batch = pools.shape, pools.batch
-    heads = shape.key_heads, shape.value_heads, shape.key_dim, shape.value_dim
-    tokens = random_tokens(shape.rule, batch, *heads, pools.device)
+def _step_times(pools: Pools, buffer_lengths: Sequence[int], rounds: int) -> dict[Form, list[float]]:
+    """Return the times of a step of one layer in every form that has a state."""
+    forms = {RECURRENT: recurrent(), **{Form(FormKind.BUFFERED, m): buffered(m) for m in buffer_lengths}}
+    tokens = _tokens(pools)
 
-    def recurrent() -> None:
-        for slots in pools.slots:
-            recurrent_decode(shape.rule, tokens, pools.states, slots)
+    def seconds(form: TimedForm, step: Step) -> float:
+        passing = seconds_of(lambda: form.run_pass(step, pools.num_layers, tokens), pools.device)
+        return passing / form.calls_in_pass(pools.num_layers)
 
-    def decode(records: int, *, fold: bool = False, states: bool = True) -> Callable[[], None]:
-        fill, folds = pools.int32(records), pools.flags(fold)
+    return _in_turns({key: partial(seconds, form, form.bind(pools)) for key, form in forms.items()}, rounds)
 
+
+def _kv_only_times(pools: Pools, contexts: Sequence[int], rounds: int) -> dict[int, list[float]]:
+    """Return the times of a step of one layer without a state, by context."""
+    rule, tokens, no_fold = pools.shape.rule, _tokens(pools), pools.flags(False)
+
+    def seconds(fill: Tensor) -> float:
         def all_layers() -> None:
-            for slots, page_table in zip(pools.slots, pools.page_tables, strict=True):
-                own = slots if states else pools.no_slots
-                buffered_decode(shape.rule, tokens, pools.states, own, pools.records, page_table, fill, folds)
+            for page_table in pools.page_tables:
+                buffered_decode(rule, tokens, pools.states, pools.no_slots, pools.records, page_table, fill, no_fold)
 
-        return all_layers
+        return seconds_of(all_layers, pools.device) / pools.num_layers
 
-    # In the order of a cycle, so that each step finds the records that it reads.
-    steps: dict[tuple[str, int], Callable[[], None]] = {("recurrent", 0): recurrent}
-    steps |= {("read", n): decode(n) for n in range(1, max(buffer_lengths))}
-    steps |= {("fold", m): decode(m, fold=True) for m in buffer_lengths}
-    steps |= {("KV only", context): decode(context, states=False) for context in contexts}
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
+    return _in_turns({context: partial(seconds, pools.int32(context)) for context in contexts}, rounds)
+
+
+def _in_turns(calls: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, list[float]]:
+    results: dict[K, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
-        for key, step in steps.items():
-            times[key].append(seconds_of(step, pools.device) / pools.num_layers)
-    return times
+        for key, call in calls.items():
+            results[key].append(call())
+    return results
+
+
+def _tokens(pools: Pools) -> Tokens:
+    shape = pools.shape
+    heads = shape.key_heads, shape.value_heads, shape.key_dim, shape.value_dim
+    return random_tokens(shape.rule, pools.batch, *heads, pools.device)

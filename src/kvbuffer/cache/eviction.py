@@ -1,4 +1,4 @@
-"""What to give up first: GreedyDual by compute saved per byte, in a lazy heap."""
+"""What to give up first: what was not used for longest, unless it would save much per byte."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from kvbuffer.cache.pools import Pools, blocks_of
-from kvbuffer.cache.prefix_tree import Node, StoredSnapshot, previous_end
+from kvbuffer.cache.prefix_tree import Node, Origin, StoredSnapshot, previous_end
 from kvbuffer.ops.attention import PAGE_SIZE
+
+#: Of each kind of snapshot, how many the odds are learned from, about.
+_REMEMBERED = 1000
+#: Mean times to reuse in which expectations fade by e. The mean is of what was reused while it was there, so short of
+#: the truth; benchmarks/prefix_simulation.py does best with about 2.
+_PATIENCE = 2.0
+#: Tokens per byte of what nothing is expected from.
+_WORTHLESS = 1e-30
 
 
 class Evictable(Protocol):
     """Something an eviction queue can hold; see :class:`EvictionQueue`."""
 
-    recency: float
     queued: bool
     alive: bool
 
@@ -24,29 +31,20 @@ T = TypeVar("T", bound=Evictable)
 
 
 class EvictionQueue(Generic[T]):
-    """Items in the order of ``recency + value``, lowest first.
+    """Items in the order of their priority, lowest first.
 
-    The clock is the priority of what was given up last, and an item's recency is the clock at its last use: what was
-    used a while ago must be worth more per byte than what was used just now, the more so the more has been given up
-    since (GreedyDual-Size; Marconi, arXiv 2411.19379, weighs recency against compute saved per byte likewise).
-
-    Items change in the heap unseen. A priority is worked out again when its item comes up, so an item that was used
-    or has gained in value goes back; nothing is searched or moved before that.
+    Priorities change while items are in the heap, and nothing is moved or searched when they do. A priority is worked
+    out again when its item comes up, and an item that has risen goes back; from time to time, all are.
 
     Args:
-        value: compute saved per byte of an item, as things stand.
+        priority: of an item, as things stand.
     """
 
-    def __init__(self, value: Callable[[T], float]) -> None:
-        self._value = value
+    def __init__(self, priority: Callable[[T], float]) -> None:
+        self._priority = priority
         self._heap: list[tuple[float, int, T]] = []
-        self._clock = 0.0
         self._serial = 0  # breaks ties: first in, first out
-        self._pushed = 0  # since the heap was last cleaned
-
-    def touch(self, item: T) -> None:
-        """Note that ``item`` has been used."""
-        item.recency = self._clock
+        self._pushed = 0  # since the heap was last put in order
 
     def push(self, item: T) -> None:
         """Add ``item``, unless it is there."""
@@ -54,44 +52,102 @@ class EvictionQueue(Generic[T]):
             item.queued = True
             self._push(item)
             self._pushed += 1
-            if 2 * self._pushed > len(self._heap) + 64:
-                self._forget_the_dead()
+            if self._pushed > len(self._heap) // 2 + 32:
+                self._reorder()
 
     def pop(self) -> T | None:
         """Take out the item to give up first; None when there is none."""
         while self._heap:
             priority, _, item = heapq.heappop(self._heap)
-            if item.alive and item.recency + self._value(item) > priority:
+            if item.alive and self._priority(item) > priority:
                 self._push(item)
                 continue
             item.queued = False
             if item.alive:
-                self._clock = max(self._clock, priority)
                 return item
         return None
 
     def _push(self, item: T) -> None:
         self._serial += 1
-        heapq.heappush(self._heap, (item.recency + self._value(item), self._serial, item))
+        heapq.heappush(self._heap, (self._priority(item), self._serial, item))
 
-    def _forget_the_dead(self) -> None:
-        """Keep the heap from growing when items leave the tree by other ways than this queue."""
-        self._heap = [entry for entry in self._heap if entry[2].alive]
+    def _reorder(self) -> None:
+        self._heap = [(self._priority(item), serial, item) for _, serial, item in self._heap if item.alive]
         heapq.heapify(self._heap)
         self._pushed = 0
 
 
-def snapshot_value(pools: Pools, stored: StoredSnapshot) -> float:
-    """Return the tokens per byte that would have to be computed again without a snapshot."""
-    size = pools.bytes_of(blocks_of(stored.snapshot))
-    return (stored.snapshot.end - previous_end(stored)) / max(size, 1)
+class Usefulness:
+    """Priorities of snapshots and last pages: what they will save, as far as what happened before tells.
+
+    A snapshot saves computing the tokens since the one before it on its path. Per byte (Marconi, arXiv 2411.19379) this
+    counts as likely as it is to happen, which is learned for each origin and number of uses so far: a chat goes on from
+    the ends of outputs and not twice from one, thoughts left out of later prompts make it the ends of prompts, samples
+    of one prompt all start from its end.
+
+    Expectations fade exponentially while nothing happens, at a pace set by the mean time to reuse. So the order by what
+    is left of them, v exp(-idle / pace), is the order by last use + pace log(v), which stands still until something is
+    used. A pace of 0 is least recently used first.
+
+    Args:
+        pools: for the sizes of blocks.
+
+    Attributes:
+        now: the time, in requests started.
+    """
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+        self.now = 0
+        self._mean_idle, self._num_uses = 0.0, 0
+        self._stored: dict[tuple[Origin, int], float] = {}
+        self._used: dict[tuple[Origin, int], float] = {}
+
+    def note_stored(self, origin: Origin) -> None:
+        """Note that a snapshot was stored."""
+        self._enter((origin, 0))
+
+    def note_used(self, stored: StoredSnapshot) -> None:
+        """Note that a request started from a snapshot."""
+        kind = _kind(stored)
+        self._used[kind] = self._used.get(kind, 0.0) + 1
+        self._num_uses = min(self._num_uses + 1, _REMEMBERED)
+        self._mean_idle += (self.now - stored.last_used - self._mean_idle) / self._num_uses
+        stored.uses, stored.last_used = stored.uses + 1, self.now
+        self._enter(_kind(stored))
+
+    def of_snapshot(self, stored: StoredSnapshot) -> float:
+        """Return the priority of a snapshot: its tokens would have to be computed again from the one before it."""
+        size = self._pools.bytes_of(blocks_of(stored.snapshot))
+        return self._priority(stored.recency, self._odds(stored) * _saved(stored) / max(size, 1))
+
+    def of_leaf(self, leaf: Node) -> float:
+        """Return the priority of a last page, with its snapshot and the pages before that only serve this snapshot."""
+        if not leaf.snapshots:
+            return self._priority(leaf.recency, 0.0)
+        last = max(leaf.snapshots, key=lambda stored: stored.snapshot.end)
+        pages = math.ceil(_saved(last) / PAGE_SIZE) * self._pools.attention_page_bytes
+        size = self._pools.bytes_of(blocks_of(last.snapshot)) + pages
+        return self._priority(leaf.recency, self._odds(last) * _saved(last) / max(size, 1))
+
+    def _priority(self, recency: float, value: float) -> float:
+        return recency + _PATIENCE * max(self._mean_idle, 1.0) * math.log(max(value, _WORTHLESS))
+
+    def _odds(self, stored: StoredSnapshot) -> float:
+        """How likely a snapshot is to be used; 1/2 for kinds unseen."""
+        kind = _kind(stored)
+        return (self._used.get(kind, 0.0) + 1) / (self._stored.get(kind, 0.0) + 2)
+
+    def _enter(self, kind: tuple[Origin, int]) -> None:
+        self._stored[kind] = self._stored.get(kind, 0.0) + 1
+        if self._stored[kind] > _REMEMBERED:
+            self._stored[kind] /= 2
+            self._used[kind] = self._used.get(kind, 0.0) / 2
 
 
-def leaf_value(pools: Pools, leaf: Node) -> float:
-    """Return the same for a last page, its snapshot, and the pages before that are of use only with these."""
-    if not leaf.snapshots:
-        return 0.0
-    last = max(leaf.snapshots, key=lambda stored: stored.snapshot.end)
-    saved = last.snapshot.end - previous_end(last)
-    pages = math.ceil(saved / PAGE_SIZE) * pools.attention_page_bytes
-    return saved / max(pools.bytes_of(blocks_of(last.snapshot)) + pages, 1)
+def _kind(stored: StoredSnapshot) -> tuple[Origin, int]:
+    return stored.origin, min(stored.uses, 2)
+
+
+def _saved(stored: StoredSnapshot) -> int:
+    return stored.snapshot.end - previous_end(stored)

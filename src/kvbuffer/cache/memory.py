@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,20 @@ from kvbuffer.cache.pool import BlockPool
 from kvbuffer.cache.pools import POOL_KINDS, Blocks, PoolKind, Pools
 from kvbuffer.cache.prefix import PrefixCache, PrefixMatch
 from kvbuffer.cache.snapshot import Snapshot
+
+
+class Admission(NamedTuple):
+    """A request that has got memory.
+
+    Attributes:
+        row: where it is in the tables.
+        num_cached_tokens: tokens that need not be computed.
+        branch: tokens of which the keys and values are cached, at least as many: where the text leaves an earlier one.
+    """
+
+    row: int
+    num_cached_tokens: int
+    branch: int
 
 
 class Copy(NamedTuple):
@@ -58,6 +73,8 @@ class RequestMemory:
         record_table: [max_num_seqs, record pages of the longest buffer] int32.
         attention_table: [max_num_seqs, pages of the longest request] int32.
         work: copies and folds that are still to be done.
+        on_admit: called with a prompt, its salt and how many of its tokens are cached, before a request is admitted;
+            says whether it has brought more of them.
     """
 
     def __init__(self, plan: MemoryPlan, prefix_caching: bool = True) -> None:
@@ -78,6 +95,7 @@ class RequestMemory:
         self.record_table: npt.NDArray[np.int32] = np.zeros((seqs, record_pages(plan.max_records)), np.int32)
         self.attention_table: npt.NDArray[np.int32] = np.zeros((seqs, attention_pages(plan.max_model_len)), np.int32)
         self.work: list[Copy | Fold] = []
+        self.on_admit: Callable[[Sequence[int], str | None, int], bool] | None = None
         self._num_record_pages = [0] * seqs
         self._num_attention_pages = [0] * seqs
 
@@ -91,7 +109,7 @@ class RequestMemory:
             self.prefixes.evict(kind, count - pool.num_free)
         return pool.take(count)
 
-    def admit(self, token_ids: Sequence[int], salt: str | None = None) -> tuple[int, int] | None:
+    def admit(self, token_ids: Sequence[int], salt: str | None = None) -> Admission | str:
         """Take memory for a request, reusing the longest cached prefix.
 
         Enough is taken for the computation of all its tokens, so that a prompt never stops half-way for want of memory:
@@ -102,12 +120,14 @@ class RequestMemory:
             salt: only prefixes that were computed under the same salt are reused.
 
         Returns:
-            Its row, and how many of the tokens need not be computed; None if memory is short, and nothing changed.
+            The name of what there is too little of, if there is, and nothing changed.
         """
         num_tokens = len(token_ids)
         if not self.rows.num_free:
-            return None
+            return "--max-num-seqs"
         match = NO_MATCH if self.prefixes is None else self.prefixes.match(token_ids, salt, num_tokens - 1)
+        if self.prefixes is not None and self.on_admit is not None and self.on_admit(token_ids, salt, match.num_tokens):
+            match = self.prefixes.match(token_ids, salt, num_tokens - 1)
         cached, snapshot = match.num_tokens, match.snapshot
         fill = 0 if snapshot is None else cached - snapshot.checkpoint
         records, kept_pages = fill + num_tokens - cached, fill // RECORD_PAGE_SIZE
@@ -119,15 +139,16 @@ class RequestMemory:
             records, kept_pages = min(records, BUFFER_SLACK), 0
         own_pages = attention_pages(num_tokens) - len(match.attention_pages)
         self.pools.share(match.blocks)  # so that they do not count as evictable
-        fits = (
-            self._can_take("rings", 1)
-            and self._can_take("slots", int(takes_slot))
-            and self._can_take("record_pages", record_pages(records) - kept_pages)
-            and self._can_take("attention_pages", own_pages)
-        )
+        needed: dict[PoolKind, int] = {
+            "slots": int(takes_slot),
+            "record_pages": record_pages(records) - kept_pages,
+            "rings": 1,
+            "attention_pages": own_pages,
+        }
+        short = next((kind for kind, count in needed.items() if not self._can_take(kind, count)), None)
         self.pools.give_back(match.blocks)
-        if not fits:
-            return None
+        if short is not None:
+            return self.pools.by_kind(short).name
         if self.prefixes is not None:
             self.prefixes.acquire(match)
         row = self.rows.take(1)[0]
@@ -144,7 +165,7 @@ class RequestMemory:
         if takes_slot and not self.own_state(row):
             raise RuntimeError("no state slot, though one was free")
         self._take_record_pages(row, records)
-        return row, cached
+        return Admission(row, cached, match.branch)
 
     def _resume(self, row: int, snapshot: Snapshot, fill: int) -> None:
         """Give a row the memory of a snapshot that it has references to."""
@@ -162,6 +183,13 @@ class RequestMemory:
             pages[-1] = page
         self.record_table[row, :used] = pages
         self._num_record_pages[row] = used
+
+    def take_blocks(self, slots: int, record_pages: int, rings: int, attention_pages: int) -> Blocks | None:
+        """Take blocks for a prefix that comes from elsewhere; None, and nothing changed, if there are too few."""
+        counts = dict(zip(POOL_KINDS, (slots, record_pages, rings, attention_pages), strict=True))
+        if not all(self._can_take(kind, count) for kind, count in counts.items()):
+            return None
+        return Blocks(*(tuple(self._take(kind, count)) for kind, count in counts.items()))
 
     def num_cached_tokens(self, token_ids: Sequence[int], salt: str | None) -> int:
         """Return how many tokens of a prompt would not have to be computed."""
@@ -261,6 +289,11 @@ class RequestMemory:
         self.prefixes.insert(token_ids, salt, self.attention_table[row, : attention_pages(end)].tolist(), snapshot)
         if not ends:
             self.pools.rings.give_back([ring])
+
+    def pin(self, token_ids: Sequence[int], salt: str | None, seconds: float) -> None:
+        """Keep a published prefix for some time, within the share of memory that may be kept so."""
+        if self.prefixes is not None:
+            self.prefixes.pin(token_ids, salt, time.monotonic() + seconds)
 
     def release(self, row: int) -> None:
         """Free everything that a request holds; what has been published stays."""

@@ -55,10 +55,17 @@ class Pins:
         for pin in [pin for pin in self._pins if pin.until <= now]:
             self._release(pin)
 
+    def release_oldest(self) -> bool:
+        """Let go of the oldest pin; return whether there was one."""
+        if self._pins:
+            self._release(self._pins[0])
+            return True
+        return False
+
     def clear(self) -> None:
         """Let go of everything."""
-        for pin in self._pins[::]:
-            self._release(pin)
+        while self.release_oldest():
+            pass
 
     def _release(self, pin: Pin) -> None:
         self._pins.remove(pin)

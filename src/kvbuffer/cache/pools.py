@@ -46,6 +46,10 @@ class Pools(NamedTuple):
         pool: BlockPool = getattr(self, kind)
         return pool
 
+    def items(self) -> Iterator[tuple[PoolKind, BlockPool]]:
+        """Go through the pools with their kinds."""
+        return zip(POOL_KINDS, self[: len(POOL_KINDS)], strict=True)  # type: ignore[arg-type]
+
     def pairs(self, blocks: Blocks) -> Iterator[tuple[BlockPool, tuple[int, ...]]]:
         """Go through the pools with their part of ``blocks``."""
         return zip((self.slots, self.record_pages, self.rings, self.attention_pages), blocks, strict=True)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from kvbuffer.cache.eviction import EvictionQueue, leaf_value, snapshot_value
+from kvbuffer.cache.eviction import EvictionQueue, Usefulness
 from kvbuffer.cache.pins import Pin, Pins
 from kvbuffer.cache.pools import POOL_KINDS, Blocks, PoolKind, Pools, blocks_of
 from kvbuffer.cache.prefix_tree import (
     Node,
+    Origin,
     StoredSnapshot,
     Tokens,
     all_pages,
@@ -43,7 +44,7 @@ class PrefixMatch(NamedTuple):
         num_tokens: its length t.
         attention_pages: the pages of its full PAGE_SIZE tokens, in order.
         partial_page: the page to copy when t ends inside one: its first t % PAGE_SIZE tokens are right. None otherwise.
-        snapshot: the snapshot to use at t; None when t is 0.
+        stored: the snapshot to use at t, as the cache has it; None when t is 0.
         branch: tokens of the text whose attention pages are cached, at least t: where the text leaves what is known,
             so where another may leave it too.
         num_queried: length of the text that was looked up.
@@ -52,9 +53,14 @@ class PrefixMatch(NamedTuple):
     num_tokens: int
     attention_pages: tuple[int, ...]
     partial_page: int | None
-    snapshot: Snapshot | None
+    stored: StoredSnapshot | None
     branch: int
     num_queried: int
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The snapshot to use at t; None when t is 0."""
+        return None if self.stored is None else self.stored.snapshot
 
     @property
     def blocks(self) -> Blocks:
@@ -93,7 +99,7 @@ class PrefixCache:
     Args:
         pools: the pools that blocks are of.
         on_evict: called with a snapshot and its attention pages before eviction gives them up, while they can still be
-            read. Must not use the cache.
+            read. Must not use the cache. May be set later.
         clock: the time, for pins.
         pin_share: the part of each pool that may be pinned.
     """
@@ -107,15 +113,16 @@ class PrefixCache:
         pin_share: float = 0.25,
     ) -> None:
         self.pools, self.counters = pools, PrefixCounters()
-        self._on_evict, self._clock = on_evict, clock
+        self.on_evict, self._clock = on_evict, clock
         self._pins = Pins(pools, pin_share)
         self._clear()
 
     def _clear(self) -> None:
         self._with_slot: dict[int, list[StoredSnapshot]] = {}
         self._roots: dict[str | None, Node] = {}
-        self._leaves: EvictionQueue[Node] = EvictionQueue(partial(leaf_value, self.pools))
-        self._snapshots: EvictionQueue[StoredSnapshot] = EvictionQueue(partial(snapshot_value, self.pools))
+        self._usefulness = Usefulness(self.pools)
+        self._leaves: EvictionQueue[Node] = EvictionQueue(self._usefulness.of_leaf)
+        self._snapshots: EvictionQueue[StoredSnapshot] = EvictionQueue(self._usefulness.of_snapshot)
 
     def match(self, token_ids: Sequence[int], salt: str | None, max_tokens: int) -> PrefixMatch:
         """Return the longest usable prefix of a text, of at most ``max_tokens`` tokens.
@@ -125,16 +132,15 @@ class PrefixCache:
         text = token_ids[:max_tokens]
         path, branch = walk(self._roots.get(salt) or Node.root(salt), text)
         num_tokens, stored = last_resumable(path, text)
-        if stored is None:
-            pages, snapshot = [], None
-        else:
-            pages, snapshot = stored.node.path()[: math.ceil(num_tokens / PAGE_SIZE)], stored.snapshot
-            self._snapshots.touch(stored)
+        pages: list[Node] = []
+        if stored is not None:
+            pages = stored.node.path()[: math.ceil(num_tokens / PAGE_SIZE)]
+            stored.recency = self._usefulness.now
         for node in (*path, *pages):
-            self._leaves.touch(node)
+            node.recency = self._usefulness.now
         numbers, full = tuple(node.block for node in pages), num_tokens // PAGE_SIZE
         inside = numbers[full] if num_tokens % PAGE_SIZE else None
-        return PrefixMatch(num_tokens, numbers[:full], inside, snapshot, branch, len(token_ids))
+        return PrefixMatch(num_tokens, numbers[:full], inside, stored, branch, len(token_ids))
 
     def acquire(self, match: PrefixMatch) -> None:
         """Take references to everything in a match, for a request that starts from it; count the request.
@@ -146,9 +152,17 @@ class PrefixCache:
         self.counters.query_tokens += match.num_queried
         self.counters.hits += match.num_tokens > 0
         self.counters.hit_tokens += match.num_tokens
+        self._usefulness.now += 1
+        if match.stored is not None:
+            self._usefulness.note_used(match.stored)
 
     def insert(
-        self, token_ids: Sequence[int], salt: str | None, attention_pages: Sequence[int], snapshot: Snapshot | None
+        self,
+        token_ids: Sequence[int],
+        salt: str | None,
+        attention_pages: Sequence[int],
+        snapshot: Snapshot | None,
+        origin: Origin = "output",
     ) -> None:
         """Publish a prefix; the caller's references stay the caller's.
 
@@ -161,6 +175,7 @@ class PrefixCache:
             salt: who it is shared with.
             attention_pages: its pages.
             snapshot: one that ends at its last token.
+            origin: why the snapshot was made, which tells how likely it is to be used.
 
         Raises:
             RuntimeError: the blocks are not those of this many tokens, a bug in the caller.
@@ -172,27 +187,29 @@ class PrefixCache:
         node = self._roots.setdefault(salt, Node.root(salt))
         for tokens, block in zip(pages_of(token_ids), attention_pages, strict=True):
             node = self._insert_page(node, tokens, block)
-            self._leaves.touch(node)
+            node.recency = self._usefulness.now
         if not node.children:
             self._leaves.push(node)
         if snapshot is not None:
-            self._insert_snapshot(node, snapshot)
+            self._insert_snapshot(node, snapshot, origin)
 
     def evict(self, kind: PoolKind, count: int) -> int:
         """Free at least ``count`` blocks of one pool, or as many as can be; return how many that were.
 
-        Pages go from the ends of paths inward, each with the snapshots that end in it.
+        Pages go from the ends of paths inward, each with the snapshots that end in it. Pins are for the sake of later
+        requests: when nothing else is left, the oldest give way to the one that needs the memory now.
         """
         self._pins.release_expired(self._clock())
         before = [pool.num_free for pool, _ in self.pools.pairs(Blocks())]
-        target = self.pools.by_kind(kind).num_free + count
-        if kind == "attention_pages":
-            self._evict_pages(target)
-        else:
-            self._evict_snapshots(kind, target)
+        pool = self.pools.by_kind(kind)
+        target = pool.num_free + count
+        evict = self._evict_pages if kind == "attention_pages" else partial(self._evict_snapshots, kind)
+        evict(target)
+        while pool.num_free < target and self._pins.release_oldest():
+            evict(target)
         for name, free in zip(POOL_KINDS, before, strict=True):
             self.counters.evicted[name] += self.pools.by_kind(name).num_free - free
-        return self.pools.by_kind(kind).num_free - target + count
+        return pool.num_free - target + count
 
     def disown(self, slot: int) -> None:
         """Give up the snapshots with this state, so that a request which holds it can have it alone."""
@@ -200,7 +217,7 @@ class PrefixCache:
             self._remove_snapshot(stored)
 
     def num_evictable(self, kind: PoolKind) -> int:
-        """Return how many blocks of one pool :meth:`evict` can free."""
+        """Return how many blocks of one pool :meth:`evict` can free without touching what is pinned."""
         self._pins.release_expired(self._clock())
         return self.pools.by_kind(kind).num_idle
 
@@ -220,6 +237,12 @@ class PrefixCache:
             return False
         pages = tuple(node.block for node in stored.node.path())
         return self._pins.add(Pin(stored.node, until, blocks_of(stored.snapshot, pages)))
+
+    def snapshots(self) -> Iterator[tuple[list[int], str | None, tuple[int, ...], Snapshot]]:
+        """Go through what is cached, as ``on_evict`` would be given it; the cache must not change meanwhile."""
+        for root in self._roots.values():
+            for node in all_pages(root):
+                yield from map(_prefix_of, node.snapshots)
 
     def clear(self) -> None:
         """Give up everything, pins included."""
@@ -265,20 +288,20 @@ class PrefixCache:
         self.pools.attention_pages.drop((replaced,))
         return shorter
 
-    def _insert_snapshot(self, node: Node, snapshot: Snapshot) -> None:
+    def _insert_snapshot(self, node: Node, snapshot: Snapshot, origin: Origin) -> None:
         usable = node.parent.resumable.get(node.tokens[: snapshot.end - node.depth], [])
         for old in [old for old in usable if old.snapshot.end == snapshot.end]:
             if old.snapshot.start <= snapshot.start:
-                self._snapshots.touch(old)
+                old.recency = self._usefulness.now
                 return
             self._remove_snapshot(old)
-        stored = StoredSnapshot(snapshot, node)
+        stored = StoredSnapshot(snapshot, node, origin, self._usefulness.now)
         self.pools.keep(blocks_of(snapshot))
         if snapshot.slot is not None:
             self._with_slot.setdefault(snapshot.slot, []).append(stored)
         attach(stored)
-        self._snapshots.touch(stored)
         self._snapshots.push(stored)
+        self._usefulness.note_stored(origin)
         self.counters.inserted_snapshots += 1
 
     def _evict_snapshots(self, kind: PoolKind, target: int) -> None:
@@ -311,7 +334,7 @@ class PrefixCache:
             else:
                 in_use.append(leaf)
         for leaf in in_use:
-            self._leaves.touch(leaf)
+            leaf.recency = self._usefulness.now
             self._leaves.push(leaf)
 
     def _remove_leaf(self, leaf: Node) -> None:
@@ -327,10 +350,8 @@ class PrefixCache:
 
     def _lose(self, stored: StoredSnapshot) -> None:
         """Give up a snapshot, after offering it to ``on_evict``."""
-        if self._on_evict is not None:
-            path = stored.node.path()
-            tokens = [token for node in path for token in node.tokens][: stored.snapshot.end]
-            self._on_evict(tokens, stored.node.salt, tuple(node.block for node in path), stored.snapshot)
+        if self.on_evict is not None:
+            self.on_evict(*_prefix_of(stored))
         self._remove_snapshot(stored)
 
     def _remove_snapshot(self, stored: StoredSnapshot) -> None:
@@ -341,3 +362,9 @@ class PrefixCache:
             if not self._with_slot[slot]:
                 del self._with_slot[slot]
         self.pools.drop(blocks_of(stored.snapshot))
+
+
+def _prefix_of(stored: StoredSnapshot) -> tuple[list[int], str | None, tuple[int, ...], Snapshot]:
+    path = stored.node.path()
+    tokens = [token for node in path for token in node.tokens][: stored.snapshot.end]
+    return tokens, stored.node.salt, tuple(node.block for node in path), stored.snapshot

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from kvbuffer.cache.snapshot import Snapshot
 from kvbuffer.ops.attention import PAGE_SIZE
 
 Tokens = tuple[int, ...]
+#: Why a snapshot was made: another text leaves this one there, or a chunk of prefill, the prompt, the output ends.
+Origin = Literal["branch", "chunk", "prompt", "output"]
 
 
 class StoredSnapshot:
@@ -17,16 +20,20 @@ class StoredSnapshot:
     Attributes:
         snapshot: its blocks and bounds.
         node: the page with its last token.
-        recency: what the eviction queue's clock showed when it was last used.
+        origin: why it was made.
+        uses: requests that started from it.
+        last_used: when a request last started from it, or it was made; in requests started.
+        recency: when it was last looked up, likewise.
         queued: whether the eviction queue has it.
         alive: whether it is in the tree.
     """
 
-    __slots__ = ("alive", "node", "queued", "recency", "snapshot")
+    __slots__ = ("alive", "last_used", "node", "origin", "queued", "recency", "snapshot", "uses")
 
-    def __init__(self, snapshot: Snapshot, node: Node) -> None:
-        self.snapshot, self.node = snapshot, node
-        self.recency, self.queued, self.alive = 0.0, False, True
+    def __init__(self, snapshot: Snapshot, node: Node, origin: Origin, now: int) -> None:
+        self.snapshot, self.node, self.origin, self.uses = snapshot, node, origin, 0
+        self.last_used = self.recency = now
+        self.queued, self.alive = False, True
 
 
 class Node:
@@ -44,7 +51,7 @@ class Node:
         children: pages that follow, in the order of their tokens.
         snapshots: those whose last token is in this page.
         resumable: for tokens that may follow this page (1 to PAGE_SIZE of them), the snapshots usable right after them.
-        recency: what the eviction queue's clock showed when the page was last used.
+        recency: when the page was last looked up, in requests started.
         queued: whether the eviction queue has it.
         alive: whether it is in the tree.
     """
@@ -62,7 +69,7 @@ class Node:
         self.children: list[Node] = []
         self.snapshots: list[StoredSnapshot] = []
         self.resumable: dict[Tokens, list[StoredSnapshot]] = {}
-        self.recency, self.queued, self.alive = 0.0, False, True
+        self.recency, self.queued, self.alive = 0, False, True
 
     @classmethod
     def root(cls, salt: str | None) -> Node:

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 # while the event loop is writing to clients.
 _SWITCH_INTERVAL_S = 0.0005
 
-# A step cannot be interrupted; this is how long shutdown waits for the last one.
-_LAST_STEP_TIMEOUT_S = 30.0
+# A step cannot be interrupted; this is how long shutdown waits for the last one, and for the cache to be saved.
+_LAST_STEP_TIMEOUT_S = 120.0
 
 
 class EngineStoppedError(KVBufferError):
@@ -273,6 +273,7 @@ class AsyncEngine:
                 self._post(loop, [])  # whoever was refused need not wait for the step
                 if self._running and self.engine.has_work():
                     self._post(loop, self.engine.step())
+            self.engine.close()
         except BaseException as error:
             logger.exception("The engine failed; every running request fails with it.")
             if not loop.is_closed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -35,6 +36,8 @@ class EngineConfig:
             finds cheapest for each batch.
         kv_only_len: tokens that a request has before it gets a state; by default as long as that pays.
         enable_prefix_caching: keep the memory of finished requests for later ones that begin with the same tokens.
+        cache_dir: folder for cached prefixes that memory has no room for, and for all of them across a restart.
+        cache_dir_bytes: most bytes in it.
         threads: CPU threads; PyTorch's choice by default.
         show_progress: draw a progress bar while loading.
 
@@ -55,6 +58,8 @@ class EngineConfig:
     buffer_len: int | None = None
     kv_only_len: int | None = None
     enable_prefix_caching: bool = True
+    cache_dir: Path | None = None
+    cache_dir_bytes: int = defaults.CACHE_DIR_BYTES
     threads: int | None = None
     show_progress: bool = True
 
@@ -70,12 +75,15 @@ class EngineConfig:
             "memory": 1,
             "buffer_len": 1,
             "kv_only_len": 0,
+            "cache_dir_bytes": 1,
             "threads": 1,
         }
         for name, low in bounds.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+        if self.cache_dir is not None and not self.enable_prefix_caching:
+            raise ConfigError("cache_dir keeps cached prefixes: leave prefix caching enabled, or leave cache_dir out")
         for name in ("buffer_len", "kv_only_len"):
             if (getattr(self, name) or 0) > 1024:
                 raise ConfigError(f"{name} must be at most 1024, got {getattr(self, name)}")

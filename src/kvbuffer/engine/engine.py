@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvbuffer.cache.disk import DiskTier, fingerprint
 from kvbuffer.cache.memory import RequestMemory
+from kvbuffer.cache.offload import Offload
 from kvbuffer.cache.plan import MemoryPlan, default_budget, plan_memory
 from kvbuffer.cache.store import allocate
 from kvbuffer.engine.config import DTYPES, STATE_DTYPES, EngineConfig
@@ -22,6 +24,7 @@ from kvbuffer.engine.sampler import InvalidLogits, SampledToken, sample
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.sampling_state import SamplingState
 from kvbuffer.engine.scheduler import Scheduler
+from kvbuffer.engine.stats import EngineStats, read_stats
 from kvbuffer.errors import InvalidRequestError
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.decoder import Decoder
@@ -32,22 +35,6 @@ logger = logging.getLogger(__name__)
 
 #: Sampling defaults that a checkpoint's ``generation_config.json`` may set.
 _GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A reading of the engine's counters and pools."""
-
-    num_running: int
-    num_waiting: int
-    num_preemptions: int
-    num_folds: int
-    state_slots_used: int
-    state_slots_total: int
-    record_pages_used: int
-    record_pages_total: int
-    attention_pages_used: int
-    attention_pages_total: int
 
 
 class Engine:
@@ -81,7 +68,12 @@ class Engine:
         self.eos_token_ids = _eos_token_ids(generation, model_config, tokenizer)
         self._model = Decoder(folder, model_config, plan.dtype, plan.max_model_len, config.show_progress)
         self._memory = RequestMemory(plan, config.enable_prefix_caching)
-        self._runner = Runner(self._model, allocate(model_config.cache_shape, plan), self._memory)
+        caches = allocate(model_config.cache_shape, plan)
+        self._runner = Runner(self._model, caches, self._memory)
+        self._offload: Offload | None = None
+        if config.cache_dir is not None and self._memory.prefixes is not None:
+            tier = DiskTier(config.cache_dir, config.cache_dir_bytes, fingerprint(folder, caches))
+            self._offload = Offload(self._memory, self._memory.prefixes, caches, tier)
         self._scheduler = Scheduler(self._memory, forms, config.max_num_batched_tokens, config.max_queue_len)
         self._requests: dict[str, Request] = {}
 
@@ -125,19 +117,8 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """The counters and pools as they are now; may be read from any thread."""
-        scheduler, pools = self._scheduler, self._memory.pools
-        return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_preemptions=scheduler.num_preemptions,
-            num_folds=scheduler.num_folds,
-            state_slots_used=pools.slots.num_used - pools.slots.num_idle,
-            state_slots_total=pools.slots.size,
-            record_pages_used=pools.record_pages.num_used - pools.record_pages.num_idle,
-            record_pages_total=pools.record_pages.size,
-            attention_pages_used=pools.attention_pages.num_used - pools.attention_pages.num_idle,
-            attention_pages_total=pools.attention_pages.size,
-        )
+        disk = None if self._offload is None else self._offload.tier.stats
+        return read_stats(self._scheduler, self._memory, disk)
 
     def add_request(
         self,
@@ -205,6 +186,11 @@ class Engine:
         if self._memory.prefixes is not None:
             self._memory.prefixes.clear()
 
+    def close(self) -> None:
+        """Save what is cached, if there is a folder for it. The engine cannot be used afterwards."""
+        if self._offload is not None:
+            self._offload.close()
+
     def has_work(self) -> bool:
         """Return whether a step would do anything."""
         return bool(self._requests)
@@ -228,7 +214,10 @@ class Engine:
         batch = self._scheduler.schedule()
         if not batch:
             return []
+        began = time.perf_counter()
         logits = self._runner.run(batch)
+        if self._offload is not None:
+            self._offload.observe(sum(segment.num_tokens for segment in batch), time.perf_counter() - began)
         complete = self._scheduler.commit(batch)
         sampled = sample(logits, [request.sampling for request in complete], self.model_config.vocab_size)
         return [self._commit(request, token) for request, token in zip(complete, sampled, strict=True)]

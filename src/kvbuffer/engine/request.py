@@ -138,6 +138,7 @@ class Request:
         num_computed_tokens: tokens whose state, keys and values exist.
         num_prefill_tokens: tokens known when its memory was taken; beyond these it decodes.
         num_cached_tokens: prompt tokens whose computation was reused from the prefix cache.
+        checkpoint: tokens after which the prompt's computation stops to leave a state for others; 0 for nowhere.
     """
 
     request_id: str
@@ -154,6 +155,7 @@ class Request:
     num_computed_tokens: int = 0
     num_prefill_tokens: int = 0
     num_cached_tokens: int = 0
+    checkpoint: int = 0
 
     @property
     def num_output_tokens(self) -> int:

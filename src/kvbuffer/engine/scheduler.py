@@ -11,7 +11,9 @@ hand: a later request may leave the prompt at any of these tokens.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,6 +26,13 @@ from kvbuffer.engine.queue import WaitingQueue
 from kvbuffer.engine.request import Request
 from kvbuffer.models.inputs import LinearForm
 from kvbuffer.ops.chunked import CHUNK
+
+logger = logging.getLogger(__name__)
+
+# A checkpoint where a prompt leaves an earlier one must save later prompts so many tokens.
+_LEAST_SAVING = 64
+# Tokens from one checkpoint to the next in a long prompt, while there are slots that no one uses.
+_CHECKPOINT_DISTANCE = 512
 
 
 class Segment(NamedTuple):
@@ -56,6 +65,7 @@ class Scheduler:
         running: requests with memory, oldest first.
         num_preemptions: requests sent back to the queue because memory ran out.
         num_folds: buffers folded into states so far.
+        delays: steps in which the next request could not start, by what was missing.
     """
 
     def __init__(
@@ -71,6 +81,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.num_folds = 0
+        self.delays: Counter[str] = Counter()
 
     def add(self, request: Request) -> None:
         """Queue a request; raise :class:`~kvbuffer.errors.QueueFullError` if too many wait."""
@@ -105,6 +116,9 @@ class Scheduler:
                 self.memory.fill[request.row] += num_tokens
             if request.num_computed_tokens == len(request.token_ids):
                 complete.append(request)
+        for request in {segment.request for segment in batch if segment.form is LinearForm.CHUNKED}:
+            if request.is_prefilling and self._is_worth_a_checkpoint(request):
+                self.publish(request)
         return complete
 
     def finish(self, request: Request, *, publish: bool = True) -> None:
@@ -119,6 +133,9 @@ class Scheduler:
             return
         if publish:
             self.publish(request, ends=True)
+            if request.options.cache_ttl_s:
+                computed = request.token_ids[: request.num_computed_tokens]
+                self.memory.pin(computed, request.options.cache_salt, request.options.cache_ttl_s)
         self.running.remove(request)
         self.memory.release(request.row)
         request.row = None
@@ -128,6 +145,18 @@ class Scheduler:
         assert request.row is not None
         computed = request.token_ids[: request.num_computed_tokens]
         self.memory.publish(request.row, computed, request.options.cache_salt, ends=ends)
+
+    def _is_worth_a_checkpoint(self, request: Request) -> bool:
+        """Return whether a part of a prompt that has been computed should be kept for texts that go on differently.
+
+        Where the prompt left an earlier one, others are likely to leave it, too. Elsewhere it is a guess, for which no
+        other prefix is given up.
+        """
+        computed = request.num_computed_tokens
+        if computed == request.checkpoint:
+            return True
+        is_due = computed // _CHECKPOINT_DISTANCE > (computed - CHUNK) // _CHECKPOINT_DISTANCE
+        return is_due and self.memory.pools.slots.num_free > 1
 
     def _decodes(self) -> Iterator[Segment]:
         """Take memory for the next token of every decoding request, oldest first; preempt the youngest if need be."""
@@ -177,15 +206,30 @@ class Scheduler:
         while (request := self.waiting.peek(self._num_cached_tokens)) is not None and self._admit(request):
             yield request
 
+    def _is_being_computed(self, request: Request) -> bool:
+        """Return whether a running request computes the same prompt, and will leave all but its last token to share."""
+        return self.memory.prefixes is not None and any(
+            other.is_prefilling
+            and other.token_ids == request.token_ids
+            and other.options.cache_salt == request.options.cache_salt
+            for other in self.running
+        )
+
     def _num_cached_tokens(self, request: Request) -> int:
         return self.memory.num_cached_tokens(request.token_ids, request.options.cache_salt)
 
     def _admit(self, request: Request) -> bool:
+        if self._is_being_computed(request):
+            return False
         admission = self.memory.admit(request.token_ids, request.options.cache_salt)
-        if admission is None:
+        if isinstance(admission, str):
+            if not self.delays[admission]:
+                logger.info("Requests wait for want of %s; metrics count for how many steps.", admission)
+            self.delays[admission] += 1
             return False
         self.waiting.pop()
-        request.row, request.num_computed_tokens = admission
+        request.row, request.num_computed_tokens = admission.row, admission.num_cached_tokens
+        request.checkpoint = admission.branch if admission.branch >= request.num_computed_tokens + _LEAST_SAVING else 0
         request.num_prefill_tokens = len(request.token_ids)
         if not request.scheduled_at:
             request.scheduled_at, request.num_cached_tokens = time.monotonic(), request.num_computed_tokens
@@ -210,7 +254,9 @@ class Scheduler:
             return []
         self.num_folds += fill > 0
         chunk, tail = max(0, border - computed), known - max(border, computed)
-        if chunk + tail > budget:
+        if computed < request.checkpoint < border and request.checkpoint - computed <= budget:
+            chunk, tail = request.checkpoint - computed, 0
+        elif chunk + tail > budget:
             chunk, tail = min(chunk, budget // CHUNK * CHUNK), 0
         if not memory.extend(row, known, tail):
             return []

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from kvbuffer.cache.pools import PoolKind
 from kvbuffer.engine.async_engine import AsyncEngine
 from kvbuffer.engine.request_metrics import Histogram
 
@@ -16,16 +17,25 @@ from kvbuffer.engine.request_metrics import Histogram
 _GAUGES = (
     ("num_requests_running", "Requests in the running batch.", "num_running"),
     ("num_requests_waiting", "Requests waiting to be scheduled.", "num_waiting"),
-    ("attention_pages_in_use", "Pages of full attention's keys and values in use.", "attention_pages_used"),
-    ("attention_pages", "Pages of full attention's keys and values there are.", "attention_pages_total"),
-    ("state_slots_in_use", "Linear-attention state slots in use.", "state_slots_used"),
-    ("state_slots", "Linear-attention state slots there are.", "state_slots_total"),
-    ("record_pages_in_use", "Pages of KV buffer records in use.", "record_pages_used"),
-    ("record_pages", "Pages of KV buffer records there are.", "record_pages_total"),
+    ("num_requests_without_state", "Running requests that live on records alone.", "num_without_state"),
 )
 _COUNTERS = (
     ("num_preemptions", "Requests put back in the queue because memory ran out.", "num_preemptions"),
     ("folds", "KV buffers folded into their states, counted per request.", "num_folds"),
+)
+# Kind of block, name in the metrics, help.
+_POOLS: tuple[tuple[PoolKind, str, str], ...] = (
+    ("attention_pages", "attention_pages", "Pages of full attention's keys and values"),
+    ("slots", "state_slots", "Linear-attention state slots"),
+    ("record_pages", "record_pages", "Pages of KV buffer records"),
+    ("rings", "rings", "Rings of convolution inputs"),
+)
+# Metric name, help, attribute of DiskStats.
+_DISK_COUNTERS = (
+    ("disk_cache_saved", "Prefixes written to the cache directory.", "saved"),
+    ("disk_cache_loaded", "Prefixes read from the cache directory.", "loaded"),
+    ("disk_cache_dropped", "Prefixes not written because writing could not keep up, or was off.", "dropped"),
+    ("disk_cache_damaged", "Files of the cache directory that turned out unusable.", "damaged"),
 )
 # Metric name, help, attribute of RequestMetrics.
 _HISTOGRAMS = (
@@ -53,14 +63,41 @@ class EngineCollector(Collector):
             gauge = GaugeMetricFamily(f"kvbuffer:{name}", help_text, labels=["model_name"])
             gauge.add_metric(labels, getattr(stats, attribute))
             yield gauge
+        for kind, name, help_text in _POOLS:
+            pool = stats.pools[kind]
+            for suffix, state, blocks in (
+                ("_in_use", "in use by running requests", pool.used),
+                ("_cached", "held by cached prefixes alone", pool.cached),
+                ("", "there are", pool.total),
+            ):
+                gauge = GaugeMetricFamily(f"kvbuffer:{name}{suffix}", f"{help_text} {state}.", labels=["model_name"])
+                gauge.add_metric(labels, blocks)
+                yield gauge
         usage = GaugeMetricFamily(
             "kvbuffer:kv_cache_usage_perc",
             "Share of the attention pages in use, 0 to 1.",
             labels=["model_name"],
         )
-        usage.add_metric(labels, stats.attention_pages_used / max(1, stats.attention_pages_total))
+        attention = stats.pools["attention_pages"]
+        usage.add_metric(labels, attention.used / max(1, attention.total))
         yield usage
+        delays = CounterMetricFamily(
+            "kvbuffer:admission_delays",
+            "Steps in which the next request could not start, by the limit that bound.",
+            labels=["model_name", "limit"],
+        )
+        for limit, count in stats.delays.items():
+            delays.add_metric([self._model_name, limit], count)
+        yield delays
         totals = [(name, help_text, getattr(stats, attribute)) for name, help_text, attribute in _COUNTERS]
+        totals.append(
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefixes.query_tokens)
+        )
+        totals.append(("prefix_cache_hits", "Prompt tokens found there and not computed.", stats.prefixes.hit_tokens))
+        if stats.disk is not None:
+            totals += [
+                (name, help_text, getattr(stats.disk, attribute)) for name, help_text, attribute in _DISK_COUNTERS
+            ]
         totals.append(("prompt_tokens", "Prompt tokens processed.", metrics.prompt_tokens))
         totals.append(("generation_tokens", "Tokens generated.", metrics.generation_tokens))
         for name, help_text, total in totals:

@@ -104,7 +104,7 @@ def test_an_entry_takes_the_place_of_one_of_the_same_name() -> None:
     index.add(old)
     index.add(new)
     assert index.match([1] * 20, "one", 20) is None
-    assert index.match([2] * 20, "one", 20) == DiskMatch(20, geometry(3, 20), 9, new)
+    assert index.match([2] * 20, "one", 20) == DiskMatch(20, geometry(3, 20), 9, new, [2] * 20)
     assert (len(index), index.num_bytes) == (1, 9)
 
 

@@ -131,14 +131,18 @@ class Head:
 
     @property
     def name(self) -> str:
-        """Name of the entry's file: the same whenever and by whom the same range of the same prefix is saved."""
-        key = json.dumps([self.fingerprint, self.salt, self.geometry.start]).encode() + self.tokens
-        return _digest(key).hex() + SUFFIX
+        """Name of the entry's file."""
+        return entry_name(self.fingerprint, self.salt, self.geometry.start, self.tokens)
 
     @property
     def num_bytes(self) -> int:
         """Size of the entry's file."""
         return _PROLOGUE.size + len(self.encode()) + self.payload_bytes
+
+
+def entry_name(fingerprint: str, salt: str, start: int, tokens: bytes) -> str:
+    """Return the name of a file: the same whenever and by whom the same range of the same prefix is saved."""
+    return _digest(json.dumps([fingerprint, salt, start]).encode() + tokens).hex() + SUFFIX
 
 
 def write_entry(path: Path, head: Head, data: Tensor) -> None:

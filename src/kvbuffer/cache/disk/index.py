@@ -38,12 +38,14 @@ class DiskMatch(NamedTuple):
         geometry: what is in its data.
         num_bytes: size of the file that would be read.
         entry: for :meth:`DiskTier.load`.
+        token_ids: of all that is in its data.
     """
 
     num_tokens: int
     geometry: Geometry
     num_bytes: int
     entry: Entry
+    token_ids: list[int]
 
 
 class DiskIndex:
@@ -119,17 +121,22 @@ class DiskIndex:
             offset = page * _PAGE_BYTES
             for entry, head in self._nodes.get(chain[page], {}).items():
                 common = page * PAGE_SIZE + _agreeing(head.tokens, tokens, offset)
-                match = DiskMatch(common, head.geometry, entry.num_bytes, entry)
+                match = DiskMatch(common, head.geometry, entry.num_bytes, entry, [])
                 if common >= max(1, head.geometry.start) and (best is None or _rank(match) > _rank(best)):
                     best = match
-            if best is not None:
-                return best
+            if best is not None and best.entry.head is not None:
+                return best._replace(token_ids=decode_tokens(best.entry.head.tokens))
         return None
 
 
 def encode_tokens(token_ids: Sequence[int]) -> bytes:
     """Return tokens as they are in a head: int32, little endian."""
     return array("i", token_ids).tobytes()
+
+
+def decode_tokens(content: bytes) -> list[int]:
+    """Undo :func:`encode_tokens`."""
+    return array("i", content).tolist()
 
 
 def _rank(match: DiskMatch) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from kvbuffer.cache.disk.entry import (
     BadEntryError,
     Geometry,
     Head,
+    entry_name,
     map_payload,
     read_head,
     write_entry,
@@ -156,6 +157,13 @@ class DiskTier:
                 self._pending.discard(name)
                 self._stats.dropped += 1
         return accepted
+
+    def holds(self, token_ids: Sequence[int], salt: str | None, start: int) -> bool:
+        """Return whether the range from ``start`` to the end of this prefix is, or will be, on the disk."""
+        name = entry_name(self._fingerprint, _salt_digest(salt), start, encode_tokens(token_ids))
+        with self._lock:
+            self._index.touch(name)
+            return name in self._pending or self._index.holds(name)
 
     def match(self, token_ids: Sequence[int], salt: str | None, max_tokens: int) -> DiskMatch | None:
         """Return the entry that holds the longest part of the first ``max_tokens`` tokens, or None. Changes nothing.

@@ -58,7 +58,7 @@ inline void for_column_blocks(int64_t V, F&& f) {
 }
 
 // Rows are fetched into the L2 cache this far ahead of their use: past the end of one head's state lies the next one's.
-constexpr int64_t kAheadBytes = 8192;
+constexpr int64_t kAheadBytes = 16384;
 
 template <int NV, class T>
 inline void prefetch(const T* row) {
@@ -74,27 +74,34 @@ KVB_SINGLE_COPY void add_products(const T* rows, int64_t n, int64_t V, const flo
   for_column_blocks(V, [&](int64_t c, auto vectors) {
     constexpr int NV = decltype(vectors)::value;
     const float* by[NX];  // held in registers, as the sums are
-    Vec acc[NX][NV];
 #pragma GCC unroll 4
-    for (int x = 0; x < NX; ++x) {
-      by[x] = coefficients[x];
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) acc[x][j] = load(out[x] + c + j * kLanes);
-    }
+    for (int x = 0; x < NX; ++x) by[x] = coefficients[x];
+    Vec acc[NX][NV] = {};
     const T* row = rows + c;
     for (int64_t r = 0; r < n; ++r, row += V) {
       prefetch<NV>(row);
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) {
-        const Vec element = load(row + j * kLanes);
+      Vec elements[NV];
+      if constexpr (NV == 1)
+        elements[0] = load(row);
+      else
 #pragma GCC unroll 4
-        for (int x = 0; x < NX; ++x) acc[x][j] += by[x][r] * element;
-      }
+        for (int j = 0; j < NV; j += 2) load_pair(row + j * kLanes, elements[j], elements[j + 1]);
+#pragma GCC unroll 4
+      for (int x = 0; x < NX; ++x)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) acc[x][j] += by[x][r] * elements[j];
     }
 #pragma GCC unroll 4
-    for (int x = 0; x < NX; ++x)
+    for (int x = 0; x < NX; ++x) {
+      if constexpr (NV > 1)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j += 2) in_order<T>(acc[x][j], acc[x][j + 1]);
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) store(out[x] + c + j * kLanes, acc[x][j]);
+      for (int j = 0; j < NV; ++j) {
+        float* to = out[x] + c + j * kLanes;
+        store(to, load(to) + acc[x][j]);
+      }
+    }
   });
 }
 

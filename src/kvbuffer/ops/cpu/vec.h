@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -126,6 +127,40 @@ static inline void store(bf16* p, Vec v) {
   std::memcpy(p, &h, sizeof(h));
 }
 #endif
+
+// 2 * kLanes elements in the order that takes the fewest instructions: one after the other, but bfloat16 those of even
+// number first, as the halves of 32-bit words. `in_order` undoes it.
+template <class T>
+inline void load_pair(const T* p, Vec& first, Vec& second) {
+  first = load(p);
+  second = load(p + kLanes);
+}
+static inline void load_pair(const bf16* p, Vec& even, Vec& odd) {
+  VecU words;
+  std::memcpy(&words, p, sizeof(words));
+  even = (Vec)(words << 16);
+  odd = (Vec)(words & 0xffff0000u);
+}
+template <class T>
+inline void in_order(Vec& first, Vec& second) {
+  if constexpr (!std::is_same<T, bf16>::value) return;
+#if defined(__clang__)
+#define KVB_SHUFFLE(...) __builtin_shufflevector(first, second, __VA_ARGS__)
+#else
+#define KVB_SHUFFLE(...) __builtin_shuffle(first, second, VecI{__VA_ARGS__})
+#endif
+#if defined(__AVX512F__)
+  const Vec low = KVB_SHUFFLE(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const Vec high = KVB_SHUFFLE(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX__)
+  const Vec low = KVB_SHUFFLE(0, 8, 1, 9, 2, 10, 3, 11), high = KVB_SHUFFLE(4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  const Vec low = KVB_SHUFFLE(0, 4, 1, 5), high = KVB_SHUFFLE(2, 6, 3, 7);
+#endif
+#undef KVB_SHUFFLE
+  first = low;
+  second = high;
+}
 
 // Lanes summed pairwise, always in the same order.
 static inline float hsum(Vec v) {

@@ -11,6 +11,8 @@
 // between the buffer's end and its token. What the tokens see of one another follows in their order, because what a
 // token writes may need what those before it wrote. One task is one (request, value head), in a fixed order of
 // operations: neither the batch nor the threads show in the result. V is a multiple of the vector width.
+#include <omp.h>
+
 #include "states.h"
 #include "tokens.h"
 #include "verify_tiles.h"
@@ -206,7 +208,8 @@ void finish_token(const Verify& v, const Records<E>& records, const Block& block
   for_vectors(records.values(record), pairs * V, [&](int64_t c, Vec e) { store(stored + c, e); });
 }
 
-// Bytes of a state that are to be fetched before it is read.
+// What is fetched of a state while the block's vectors are made, which takes about as long.
+constexpr int64_t kFirstBytes = 16 * 1024;
 struct FirstRows {
   const char* begin;
   int64_t size;
@@ -218,7 +221,7 @@ FirstRows first_rows(const Verify& v, int64_t slot, int64_t value_head) {
     with_state_type(v.states, [&](auto type) {
       using S = decltype(type);
       rows.begin = reinterpret_cast<const char*>(state_of<S>(v.states, v.shape, slot, value_head).data);
-      rows.size = std::min<int64_t>(kRowBlockBytes, v.shape.K * v.shape.V * sizeof(S));
+      rows.size = std::min<int64_t>(kFirstBytes, v.shape.K * v.shape.V * sizeof(S));
     });
   return rows;
 }
@@ -242,11 +245,15 @@ void verify_head(const Verify& v, int64_t request, int64_t value_head, VerifyScr
                       scratch.keys.reserve(keys * padded(shape.K)),
                       scratch.values.reserve(keys * shape.V),
                       scratch.answers.reserve(vectors * shape.V)};
-    const Before before = gather(records, block.before, scratch);
+    records.for_pages(0, block.before, [&](int64_t i, int64_t n) {  // read after that
+      fetch<0>(records.keys(i), n * shape.pairs * shape.K);
+      fetch<0>(records.values(i), n * shape.pairs * shape.V);
+    });
     for (int64_t t = 0; t < count; ++t) {
       fetch<0>(rows.begin + rows.size * t / count, rows.size / count);
       set_token<NX, E>(v, block, value_head, t, scratch);
     }
+    const Before before = gather(records, block.before, scratch);
     shape.decay_width == 1 ? walk_paths<NX>(v, block, scratch) : walk_vector_paths<NX>(v, block, scratch);
     read_before(v, block, before, slot, value_head, scratch);
     for (int64_t t = 0; t < count; ++t) finish_token<NX>(v, records, block, t, scratch);
@@ -268,10 +275,12 @@ void verify(const Verify& v) {
       for (int64_t token = v.cu_seqlens[request], i = v.fill[request]; token < v.cu_seqlens[request + 1]; ++token, ++i)
         append_keys(records, i, v.tokens.at(shape, token, value_head));
     }
-    // Dynamic, because requests may have very different numbers of tokens.
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < v.requests * shape.HV; ++task)
-      verify_head<NX, E>(v, task / shape.HV, task % shape.HV, scratch);
+    // Dynamic, because requests may have very different numbers of tokens; a few heads at a time, because the next
+    // one's state follows in memory and is on its way already.
+    const int64_t tasks = v.requests * shape.HV;
+    const int64_t heads = std::clamp<int64_t>(tasks / (8 * omp_get_num_threads()), 1, 4);
+#pragma omp for schedule(dynamic, heads)
+    for (int64_t task = 0; task < tasks; ++task) verify_head<NX, E>(v, task / shape.HV, task % shape.HV, scratch);
   }
 }
 

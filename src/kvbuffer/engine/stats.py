@@ -1,0 +1,71 @@
+"""A reading of the engine's counters and pools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvbuffer.cache.disk import DiskStats
+from kvbuffer.cache.memory import RequestMemory
+from kvbuffer.cache.pools import PoolKind
+from kvbuffer.cache.prefix import PrefixCounters
+from kvbuffer.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Blocks of one kind.
+
+    Attributes:
+        used: held by running requests.
+        cached: held by cached prefixes alone; given up when requests need them.
+        total: blocks there are.
+    """
+
+    used: int = 0
+    cached: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A reading of the engine's counters and pools.
+
+    Attributes:
+        num_running: requests with memory.
+        num_waiting: requests without.
+        num_without_state: running requests that live on records alone.
+        num_preemptions: requests put back in the queue because memory ran out.
+        num_folds: buffers folded into states, counted per request.
+        delays: steps in which the next request could not start, by what was missing.
+        pools: the blocks, by kind.
+        prefixes: what the prefix cache was asked and had.
+        disk: the second tier; None without one.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_without_state: int = 0
+    num_preemptions: int = 0
+    num_folds: int = 0
+    delays: dict[str, int] = field(default_factory=dict)
+    pools: dict[PoolKind, PoolStats] = field(default_factory=dict)
+    prefixes: PrefixCounters = field(default_factory=PrefixCounters)
+    disk: DiskStats | None = None
+
+
+def read_stats(scheduler: Scheduler, memory: RequestMemory, disk: DiskStats | None) -> EngineStats:
+    """Return the counters and pools as they are now; may be called from any thread."""
+    return EngineStats(
+        num_running=len(scheduler.running),
+        num_waiting=len(scheduler.waiting),
+        num_without_state=memory.rows.num_used - int((memory.slot >= 0).sum()),
+        num_preemptions=scheduler.num_preemptions,
+        num_folds=scheduler.num_folds,
+        delays=dict(scheduler.delays),
+        pools={
+            kind: PoolStats(pool.num_used - pool.num_idle, pool.num_idle, pool.size)
+            for kind, pool in memory.pools.items()
+        },
+        prefixes=PrefixCounters() if memory.prefixes is None else memory.prefixes.counters,
+        disk=disk,
+    )
