@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kvbuffer.cache.checkpoints import checkpoint_positions
-from kvbuffer.cache.plan import TYPICAL_CONTEXT, attention_pages, plan_memory
+from kvbuffer.cache.plan import TYPICAL_CONTEXT, attention_pages, block_bytes
 from kvbuffer.cache.pool import BlockPool
 from kvbuffer.cache.pools import Pools, blocks_of
 from kvbuffer.cache.prefix import PrefixCache
@@ -58,12 +58,9 @@ class Bytes(NamedTuple):
 
 
 def true_bytes() -> Bytes:
-    """Return the sizes as the memory plan has them: bfloat16 states, keys and values, float32 records."""
-    options = {"buffer_len": PAGE_SIZE, "dtype": torch.bfloat16, "state_dtype": torch.bfloat16}
-    plan = plan_memory(SHAPE, budget=1 << 40, max_model_len=4096, max_num_seqs=1, **options)
-    ring_input = SHAPE.num_linear_layers * SHAPE.linear.conv_dim * torch.float32.itemsize
-    state = plan.slot_bytes - (SHAPE.linear.conv_kernel - 1) * ring_input
-    return Bytes(state, plan.record_page_bytes, ring_input, plan.attention_page_bytes)
+    """Return the sizes as the memory plan has them: all in bfloat16."""
+    each = block_bytes(SHAPE, torch.bfloat16, torch.bfloat16, torch.bfloat16, ring_len=1)
+    return Bytes(each.slot, each.record_page, each.ring, each.attention_page)
 
 
 class System(Protocol):

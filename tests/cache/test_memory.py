@@ -23,7 +23,7 @@ def plan(slots: int = 4, pages: int = 20, **options) -> MemoryPlan:
 def admit(memory: RequestMemory, tokens: list[int]) -> tuple[int, int]:
     admission = memory.admit(tokens)
     assert not isinstance(admission, str), admission
-    return admission.row, admission.num_cached_tokens
+    return admission.row, admission.match.num_tokens
 
 
 def pages(memory: RequestMemory, row: int, count: int) -> list[int]:
@@ -133,12 +133,12 @@ class TestSharing:
         self.published(memory)
         admission = memory.admit(self.tokens, "someone else")
         assert not isinstance(admission, str)
-        assert (admission.num_cached_tokens, admission.branch) == (0, 0)
+        assert (admission.match.num_tokens, admission.match.branch) == (0, 0)
 
     def test_what_is_published_is_evicted_when_memory_is_wanted(self) -> None:
         memory = RequestMemory(plan(slots=2, pages=8))
         row, _ = admit(memory, self.tokens)
-        memory.publish(row, self.tokens, ends=True)
+        memory.publish(row, self.tokens, origin="output")
         memory.release(row)
         row, cached = admit(memory, [7] * 128)
         assert cached == 0
@@ -168,7 +168,7 @@ class RequestMemoryMachine(RuleBasedStateMachine):
         admission = self.memory.admit(tokens)
         if isinstance(admission, str):
             return
-        row, cached, _ = admission
+        row, cached = admission.row, admission.match.num_tokens
         assert row not in self.live
         assert cached < length
         if self.memory.slot[row] < 0 or cached:
@@ -212,7 +212,7 @@ class RequestMemoryMachine(RuleBasedStateMachine):
         for row in self.some_row(data):
             tokens = self.live.pop(row)
             if publish:
-                self.memory.publish(row, tokens, ends=True)
+                self.memory.publish(row, tokens, origin="output")
             self.memory.release(row)
 
     def some_row(self, data: st.DataObject) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbuffer.cache.memory import RequestMemory
@@ -28,6 +28,7 @@ def admitted(plan: MemoryPlan, tokens: int) -> int:
     return count
 
 
+@settings(deadline=None)
 @given(
     budget=st.integers(1, 64 * MIB),
     max_model_len=st.none() | st.integers(2, 4096),

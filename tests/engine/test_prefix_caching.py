@@ -263,7 +263,7 @@ class TestForks:
         step(engine, outputs)
         if length > 2:
             assert outputs.last["5"].num_cached_tokens == length - 1
-            assert engine.stats.state_slots_used <= 2  # the first may have folded
+            assert engine.stats.pools["slots"].used <= 2  # the first may have folded
         drain(engine, outputs)
         assert [outputs.tokens[str(i)] for i in range(6)] == alone
 

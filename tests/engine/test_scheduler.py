@@ -55,7 +55,7 @@ def step(scheduler: Scheduler) -> list[Segment]:
     """Do what the engine does with a scheduled step, every request ending at its ``max_len``."""
     batch = scheduler.schedule()
     for request in scheduler.commit(batch):
-        scheduler.publish(request)
+        scheduler.publish(request, "prompt")
         request.token_ids.append(0)
         if len(request.token_ids) >= request.max_len:
             scheduler.finish(request)

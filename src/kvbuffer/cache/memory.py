@@ -14,6 +14,7 @@ from kvbuffer.cache.plan import BUFFER_SLACK, RECORD_PAGE_SIZE, RING_SLACK, Memo
 from kvbuffer.cache.pool import BlockPool
 from kvbuffer.cache.pools import POOL_KINDS, Blocks, PoolKind, Pools
 from kvbuffer.cache.prefix import PrefixCache, PrefixMatch
+from kvbuffer.cache.prefix_tree import Origin
 from kvbuffer.cache.snapshot import Snapshot
 
 
@@ -22,13 +23,11 @@ class Admission(NamedTuple):
 
     Attributes:
         row: where it is in the tables.
-        num_cached_tokens: tokens that need not be computed.
-        branch: tokens of which the keys and values are cached, at least as many: where the text leaves an earlier one.
+        match: what was cached of its text.
     """
 
     row: int
-    num_cached_tokens: int
-    branch: int
+    match: PrefixMatch
 
 
 class Copy(NamedTuple):
@@ -165,7 +164,7 @@ class RequestMemory:
         if takes_slot and not self.own_state(row):
             raise RuntimeError("no state slot, though one was free")
         self._take_record_pages(row, records)
-        return Admission(row, cached, match.branch)
+        return Admission(row, match)
 
     def _resume(self, row: int, snapshot: Snapshot, fill: int) -> None:
         """Give a row the memory of a snapshot that it has references to."""
@@ -259,15 +258,16 @@ class RequestMemory:
         self.fill[row] = 1
         self._drop_record_pages(row, keep=1)
 
-    def publish(self, row: int, token_ids: Sequence[int], salt: str | None = None, *, ends: bool = False) -> None:
+    def publish(self, row: int, token_ids: Sequence[int], salt: str | None = None, origin: Origin = "prompt") -> None:
         """Offer a request's memory to later requests with the same beginning.
 
         Args:
             row: the request's row.
             token_ids: its computed tokens.
             salt: what the prefix is to be kept under.
-            ends: the request is about to release its memory: its ring need not be copied.
+            origin: where in the request's life; after its ``"output"`` it releases its memory.
         """
+        ends = origin == "output"  # the ring need not be copied
         if self.prefixes is None or not len(token_ids) or not (ends or self._can_take("rings", 1)):
             return
         end, fill, slot = len(token_ids), int(self.fill[row]), int(self.slot[row])
@@ -286,7 +286,9 @@ class RequestMemory:
             record_pages=tuple(self.record_table[row, : record_pages(fill)].tolist()),
             ring=ring,
         )
-        self.prefixes.insert(token_ids, salt, self.attention_table[row, : attention_pages(end)].tolist(), snapshot)
+        self.prefixes.insert(
+            token_ids, salt, self.attention_table[row, : attention_pages(end)].tolist(), snapshot, origin
+        )
         if not ends:
             self.pools.rings.give_back([ring])
 

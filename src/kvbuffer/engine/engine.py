@@ -232,7 +232,7 @@ class Engine:
             finish, stop_reason = FinishReason.ABORT, sampled.reason
         else:
             if request.num_computed_tokens == request.num_prefill_tokens:
-                self._scheduler.publish(request)
+                self._scheduler.publish(request, "prompt")
             token_ids = [sampled.token_id]
             self._scheduler.waiting.charge(request, output=1)
             request.token_ids.append(sampled.token_id)

@@ -138,7 +138,8 @@ class Request:
         num_computed_tokens: tokens whose state, keys and values exist.
         num_prefill_tokens: tokens known when its memory was taken; beyond these it decodes.
         num_cached_tokens: prompt tokens whose computation was reused from the prefix cache.
-        checkpoint: tokens after which the prompt's computation stops to leave a state for others; 0 for nowhere.
+        branch: tokens after which the prompt leaves an earlier text.
+        checkpoints: tokens after which its computation leaves a state for others.
     """
 
     request_id: str
@@ -155,7 +156,8 @@ class Request:
     num_computed_tokens: int = 0
     num_prefill_tokens: int = 0
     num_cached_tokens: int = 0
-    checkpoint: int = 0
+    branch: int = 0
+    checkpoints: list[int] = field(default_factory=list)
 
     @property
     def num_output_tokens(self) -> int:

@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvbuffer.cache.checkpoints import checkpoint_positions
 from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.plan import BUFFER_SLACK, PROMPT_TAIL
+from kvbuffer.cache.prefix_tree import Origin
 from kvbuffer.engine.forms import FormPolicy, folds_due
 from kvbuffer.engine.queue import WaitingQueue
 from kvbuffer.engine.request import Request
@@ -28,11 +30,6 @@ from kvbuffer.models.inputs import LinearForm
 from kvbuffer.ops.chunked import CHUNK
 
 logger = logging.getLogger(__name__)
-
-# A checkpoint where a prompt leaves an earlier one must save later prompts so many tokens.
-_LEAST_SAVING = 64
-# Tokens from one checkpoint to the next in a long prompt, while there are slots that no one uses.
-_CHECKPOINT_DISTANCE = 512
 
 
 class Segment(NamedTuple):
@@ -117,8 +114,7 @@ class Scheduler:
             if request.num_computed_tokens == len(request.token_ids):
                 complete.append(request)
         for request in {segment.request for segment in batch if segment.form is LinearForm.CHUNKED}:
-            if request.is_prefilling and self._is_worth_a_checkpoint(request):
-                self.publish(request)
+            self._leave_checkpoint(request)
         return complete
 
     def finish(self, request: Request, *, publish: bool = True) -> None:
@@ -132,7 +128,7 @@ class Scheduler:
             self.waiting.remove(request)
             return
         if publish:
-            self.publish(request, ends=True)
+            self.publish(request, "output")
             if request.options.cache_ttl_s:
                 computed = request.token_ids[: request.num_computed_tokens]
                 self.memory.pin(computed, request.options.cache_salt, request.options.cache_ttl_s)
@@ -140,23 +136,21 @@ class Scheduler:
         self.memory.release(request.row)
         request.row = None
 
-    def publish(self, request: Request, *, ends: bool = False) -> None:
-        """Offer what a request has computed to later requests; ``ends`` if it is about to give up its memory."""
+    def publish(self, request: Request, origin: Origin) -> None:
+        """Offer what a request has computed to later requests; after its ``"output"`` it gives up its memory."""
         assert request.row is not None
         computed = request.token_ids[: request.num_computed_tokens]
-        self.memory.publish(request.row, computed, request.options.cache_salt, ends=ends)
+        self.memory.publish(request.row, computed, request.options.cache_salt, origin)
 
-    def _is_worth_a_checkpoint(self, request: Request) -> bool:
-        """Return whether a part of a prompt that has been computed should be kept for texts that go on differently.
-
-        Where the prompt left an earlier one, others are likely to leave it, too. Elsewhere it is a guess, for which no
-        other prefix is given up.
-        """
+    def _leave_checkpoint(self, request: Request) -> None:
+        """Offer the part of a prompt that has been computed to later requests, if a checkpoint was due."""
         computed = request.num_computed_tokens
-        if computed == request.checkpoint:
-            return True
-        is_due = computed // _CHECKPOINT_DISTANCE > (computed - CHUNK) // _CHECKPOINT_DISTANCE
-        return is_due and self.memory.pools.slots.num_free > 1
+        is_due = bool(request.checkpoints) and request.checkpoints[0] <= computed
+        # Other than where the text left an earlier one it is a guess, for which no other prefix is given up.
+        at_branch = computed == request.branch
+        if is_due and request.is_prefilling and (at_branch or self.memory.pools.slots.num_free > 1):
+            self.publish(request, "branch" if at_branch else "chunk")
+        request.checkpoints = [position for position in request.checkpoints if position > computed]
 
     def _decodes(self) -> Iterator[Segment]:
         """Take memory for the next token of every decoding request, oldest first; preempt the youngest if need be."""
@@ -209,7 +203,7 @@ class Scheduler:
     def _is_being_computed(self, request: Request) -> bool:
         """Return whether a running request computes the same prompt, and will leave all but its last token to share."""
         return self.memory.prefixes is not None and any(
-            other.is_prefilling
+            other.num_computed_tokens < other.num_prefill_tokens - 1
             and other.token_ids == request.token_ids
             and other.options.cache_salt == request.options.cache_salt
             for other in self.running
@@ -228,8 +222,13 @@ class Scheduler:
             self.delays[admission] += 1
             return False
         self.waiting.pop()
-        request.row, request.num_computed_tokens = admission.row, admission.num_cached_tokens
-        request.checkpoint = admission.branch if admission.branch >= request.num_computed_tokens + _LEAST_SAVING else 0
+        match = admission.match
+        request.row, request.num_computed_tokens = admission.row, match.num_tokens
+        request.branch = match.branch
+        if self.memory.prefixes is not None:
+            request.checkpoints = checkpoint_positions(
+                match, len(request.token_ids), self.memory.pools.slots.num_free, chunk=self.max_num_batched_tokens
+            )
         request.num_prefill_tokens = len(request.token_ids)
         if not request.scheduled_at:
             request.scheduled_at, request.num_cached_tokens = time.monotonic(), request.num_computed_tokens
@@ -254,8 +253,8 @@ class Scheduler:
             return []
         self.num_folds += fill > 0
         chunk, tail = max(0, border - computed), known - max(border, computed)
-        if computed < request.checkpoint < border and request.checkpoint - computed <= budget:
-            chunk, tail = request.checkpoint - computed, 0
+        if request.branch in request.checkpoints and computed < request.branch < min(border, computed + budget):
+            chunk, tail = request.branch - computed, 0
         elif chunk + tail > budget:
             chunk, tail = min(chunk, budget // CHUNK * CHUNK), 0
         if not memory.extend(row, known, tail):
@@ -266,7 +265,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Free a request's memory and queue it first; what it computed is kept while there is room."""
         assert request.row is not None
-        self.publish(request, ends=True)
+        self.publish(request, "output")
         self.running.remove(request)
         self.memory.release(request.row)
         request.row = None
