@@ -122,11 +122,13 @@ class RequestMemory:
         fits = (
             self._can_take("rings", 1)
             and self._can_take("slots", int(takes_slot))
-            and self._can_take("record_pages", record_pages(records) - kept_pages)
             and self._can_take("attention_pages", own_pages)
         )
+        has_pages = self._can_take("record_pages", record_pages(records) - kept_pages)
         self.pools.give_back(match.blocks)
-        if not fits:
+        if fits and not has_pages and self._fold_longest():
+            return self.admit(token_ids, salt)
+        if not (fits and has_pages):
             return None
         if self.prefixes is not None:
             self.prefixes.acquire(match)
@@ -223,6 +225,21 @@ class RequestMemory:
             self.pools.slots.give_back([slot])
         self.slot[row], self.fill[row] = target, 0
         self._drop_record_pages(row)
+        return True
+
+    def _fold_longest(self) -> bool:
+        """Give a state to the request with the most records that decodes without one, to have its pages back.
+
+        Returns:
+            Whether there was such a request, and a slot for it.
+        """
+        used = np.array(self._num_record_pages)
+        # A prompt has pages for all of its tokens; a request that decodes, for no more than the next.
+        decoding = (self.slot < 0) & (used > 1) & (used * RECORD_PAGE_SIZE <= self.fill + RECORD_PAGE_SIZE)
+        row = int(np.argmax(np.where(decoding, used, 0)))
+        if not decoding[row] or not self.own_state(row):
+            return False
+        self._take_record_pages(row, 1)
         return True
 
     def folded(self, row: int) -> None:
