@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kvbuffer.cache.checkpoints import checkpoint_positions
-from kvbuffer.cache.plan import TYPICAL_CONTEXT, attention_pages, block_bytes
+from kvbuffer.cache.plan import RECORD_PAGE_SIZE, RING_SLACK, attention_pages, block_bytes, plan_memory
 from kvbuffer.cache.pool import BlockPool
 from kvbuffer.cache.pools import Pools, blocks_of
 from kvbuffer.cache.prefix import PrefixCache
@@ -29,7 +29,7 @@ SHAPE = CacheShape(
     max_position_embeddings=262144,
 )
 #: Tokens that a snapshot of ours can be taken back.
-WINDOW = 5
+WINDOW = RING_SLACK
 PREFILL_CHUNK = 2048
 
 
@@ -58,8 +58,9 @@ class Bytes(NamedTuple):
 
 
 def true_bytes() -> Bytes:
-    """Return the sizes as the memory plan has them: all in bfloat16."""
-    each = block_bytes(SHAPE, torch.bfloat16, torch.bfloat16, torch.bfloat16, ring_len=1)
+    """Return the sizes as the memory plan has them, all in bfloat16."""
+    dtype = torch.bfloat16
+    each = block_bytes(SHAPE, dtype, dtype, dtype, ring_len=1)
     return Bytes(each.slot, each.record_page, each.ring, each.attention_page)
 
 
@@ -191,16 +192,26 @@ class LruCache:
 class Ours:
     """The engine's prefix cache and policy, with pools of fixed sizes and a running request's own memory.
 
-    A budget is divided as the memory plan does it: as many slots as can each have a context of typical length.
+    The memory plan divides the budget, for one request at a time.
     """
 
     def __init__(self, budget: int, sizes: Bytes, longest: int) -> None:
-        context = attention_pages(TYPICAL_CONTEXT) * sizes.attention_page
-        need = sizes.snapshot + attention_pages(longest) * sizes.attention_page
-        num_slots = 1 + max(0, min(budget // (sizes.snapshot + context), (budget - need) // sizes.snapshot))
-        num_pages = max(attention_pages(longest), (budget - num_slots * sizes.snapshot) // sizes.attention_page)
+        dtype = torch.bfloat16
+        plan = plan_memory(
+            SHAPE,
+            budget=budget,
+            max_model_len=longest,
+            max_num_seqs=1,
+            buffer_len=RECORD_PAGE_SIZE,
+            kv_only_len=0,
+            dtype=dtype,
+            state_dtype=dtype,
+            record_dtype=dtype,
+            prefix_caching=True,
+        )
+        counts = plan.num_slots, plan.num_record_pages, plan.num_rings, plan.num_attention_pages
         names = "slots", "record pages", "rings", "attention pages"
-        pools = (BlockPool(n, name) for n, name in zip((num_slots,) * 3 + (num_pages,), names, strict=True))
+        pools = (BlockPool(n, name) for n, name in zip(counts, names, strict=True))
         self._pools = Pools(*pools, sizes.state, sizes.record_page, sizes.ring, sizes.attention_page)
         self._now = 0.0
         self._cache = PrefixCache(self._pools, clock=lambda: self._now)

@@ -127,7 +127,7 @@ def test_each_cache_finds_what_it_is_made_to_find() -> None:
 
 
 @pytest.mark.parametrize("name", ["chat", "tree of thoughts", "agents"])
-@pytest.mark.parametrize("part", [2, 20])
+@pytest.mark.parametrize("part", [1, 4])
 def test_nobody_finds_more_than_the_oracle(name: str, part: int) -> None:
     requests = first(name, 60)
     oracle = Oracle(SIZES, num_tokens(requests))
@@ -138,6 +138,6 @@ def test_nobody_finds_more_than_the_oracle(name: str, part: int) -> None:
 
 
 def test_the_table_has_a_row_per_trace_and_budget() -> None:
-    table = markdown({name: simulate(first(name, 30), SIZES) for name in ("few-shot", "no reuse")})
+    table = markdown({name: simulate(first(name, 200), SIZES) for name in ("few-shot", "no reuse")})
     assert table.count("\n| few-shot") == table.count("\n| no reuse") == 4
     assert "| few-shot | 1/10 |" in table
