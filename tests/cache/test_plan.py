@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbuffer.cache.memory import RequestMemory
-from kvbuffer.cache.plan import BUFFER_SLACK, MemoryPlan, attention_pages, default_budget
+from kvbuffer.cache.plan import PROMPT_TAIL, MemoryPlan, attention_pages, buffer_pages, default_budget, record_pages
 from kvbuffer.cache.store import allocate
 from kvbuffer.errors import CapacityError, ConfigError
 from tests.support.plans import plan_for, shape
@@ -17,12 +17,13 @@ MIB = 1 << 20
 
 
 def admitted(plan: MemoryPlan, tokens: int) -> int:
-    """Requests of ``tokens`` tokens that really get memory."""
+    """Requests of ``tokens`` tokens that really get memory, one after the other."""
     memory, count = RequestMemory(plan), 0
-    records = plan.buffer_len + BUFFER_SLACK if plan.starts_with_state(tokens) else tokens
+    records = max(plan.buffer_len, PROMPT_TAIL) if plan.starts_with_state(tokens) else tokens
     while not isinstance(admission := memory.admit([count] * tokens), str):
         if not memory.extend(admission.row, tokens, records):
             break
+        memory.fill[admission.row] = records
         count += 1
     memory.check_integrity()
     return count
@@ -64,7 +65,9 @@ def test_plans_keep_their_promises(
     assert plan.max_model_len == (max_model_len or plan.max_model_len) <= 4096
     assert plan.num_attention_pages >= attention_pages(plan.max_model_len)
     for length in {1, min(16, plan.max_model_len), min(17, plan.max_model_len), plan.max_model_len}:
-        assert plan.max_concurrency(length) == admitted(plan, length) >= 1
+        assert 1 <= plan.max_concurrency(length) <= admitted(plan, length)
+        if plan.starts_with_state(length) or buffer_pages(plan.buffer_len) == 1:
+            assert plan.max_concurrency(length) == admitted(plan, length)
 
 
 @pytest.mark.parametrize(("linear", "attention"), [(3, 1), (2, 0), (0, 2)])
@@ -112,6 +115,29 @@ def test_the_limit_named_is_the_one_that_binds() -> None:
     assert few_slots.max_concurrency(64) == few_slots.num_slots < 1000
     assert few_slots.binding_limit(64) == "state slots (--memory)"
     assert few_slots.binding_limit(1) == "rings (--memory)"  # so short a request has no state
+
+
+def test_where_no_request_outlives_its_records_there_is_memory_for_records_alone() -> None:
+    options = {"budget": 4 * MIB, "max_num_seqs": 1000, "prefix_caching": False, "kv_only_len": 16}
+    records = plan_for(shape(), **options, max_model_len=16)
+    states = plan_for(shape(), **options, max_model_len=17)
+    assert records.num_slots == 1
+    assert records.max_concurrency(16) == admitted(records, 16) > 1.3 * states.max_concurrency(17)
+
+
+def test_where_records_are_larger_than_a_state_there_is_memory_for_states() -> None:
+    options = {"max_num_seqs": 1000, "prefix_caching": False, "kv_only_len": 64, "max_model_len": 64}
+    plan = plan_for(shape(), 4 * MIB, **options)
+    assert plan.block_bytes.record_page * 3 > plan.block_bytes.slot
+    assert plan.max_concurrency(64) == admitted(plan, 64) >= plan.num_slots > 1
+
+
+def test_room_for_records_without_a_state_is_not_planned_for_every_request() -> None:
+    """They would take more memory than the states that they stand for."""
+    plan = plan_for(shape(), 16 * MIB, max_num_seqs=1000, buffer_len=16, kv_only_len=64, prefix_caching=False)
+    assert plan.num_record_pages < 2 * plan.num_slots
+    few = plan_for(shape(), 16 * MIB, max_num_seqs=4, buffer_len=16, kv_only_len=64, max_model_len=256)
+    assert few.num_record_pages >= 4 * record_pages(64)
 
 
 def test_without_attention_layers_length_costs_nothing() -> None:

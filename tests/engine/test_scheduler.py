@@ -186,6 +186,24 @@ def test_a_preempted_request_computes_all_its_tokens_again() -> None:
     assert len(b.token_ids) == 44
 
 
+def test_where_record_pages_run_short_the_longest_records_are_folded_for_a_newcomer() -> None:
+    s = scheduler()
+    s.memory = RequestMemory(dataclasses.replace(s.memory.plan, num_record_pages=4))
+    s.add(request("long", 20))
+    s.add(request("short", 10))
+    step(s)
+    s.add(request("newcomer", 17))
+    assert shares(step(s)) == {"long": 1, "short": 1, "newcomer": 17}
+    rows = {r.request_id: r.row for r in s.running}
+    assert {name: s.memory.slot[row] >= 0 for name, row in rows.items()} == {
+        "long": True, "short": False, "newcomer": False
+    }  # fmt: skip
+    assert s.memory.fill[rows["long"]] == 1
+    assert s.num_preemptions == 0
+    for _ in steps(s):
+        pass
+
+
 @pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding", "preempted"])
 def test_finishing_frees_everything_at_any_moment(state: str) -> None:
     s = scheduler(pages=13, budget=64)

@@ -140,12 +140,14 @@ class RequestMemory:
         self.pools.share(match.blocks)  # so that they do not count as evictable
         needed: dict[PoolKind, int] = {
             "slots": int(takes_slot),
-            "record_pages": record_pages(records) - kept_pages,
             "rings": 1,
             "attention_pages": own_pages,
+            "record_pages": record_pages(records) - kept_pages,
         }
         short = next((kind for kind, count in needed.items() if not self._can_take(kind, count)), None)
         self.pools.give_back(match.blocks)
+        if short == "record_pages" and self._fold_longest():
+            return self.admit(token_ids, salt)
         if short is not None:
             return self.pools.by_kind(short).name
         if self.prefixes is not None:
@@ -251,6 +253,21 @@ class RequestMemory:
         self.slot[row], self.fill[row] = target, 0
         if fill:  # empty pages were taken in advance, for the end of a prompt
             self._drop_record_pages(row)
+        return True
+
+    def _fold_longest(self) -> bool:
+        """Give a state to the request with the most records that decodes without one, to have its pages back.
+
+        Returns:
+            Whether there was such a request, and a slot for it.
+        """
+        used = np.array(self._num_record_pages)
+        # A prompt has pages for all of its tokens; a request that decodes, for no more than the next.
+        decoding = (self.slot < 0) & (used > 1) & (used * RECORD_PAGE_SIZE <= self.fill + RECORD_PAGE_SIZE)
+        row = int(np.argmax(np.where(decoding, used, 0)))
+        if not decoding[row] or not self.own_state(row):
+            return False
+        self._take_record_pages(row, 1)
         return True
 
     def folded(self, row: int) -> None:

@@ -104,12 +104,18 @@ class MemoryPlan:
     def limits(self, context_len: int) -> dict[str, int]:
         """Return, per thing that may run out, the requests of ``context_len`` tokens that it lets run together."""
         limits = {"--max-num-seqs": self.max_num_seqs}
-        records = context_len
+        buffer = buffer_pages(self.buffer_len)
+        pages = self.num_record_pages // buffer
         if self.starts_with_state(context_len):
             limits["state slots (--memory)"] = self.num_slots
-            records = self.buffer_len + BUFFER_SLACK
+        elif record_pages(context_len) <= buffer:
+            pages = self.num_record_pages // record_pages(context_len)
+        else:
+            # Where pages run short, as many requests as there are slots are folded and keep a buffer only.
+            folded = min(self.num_slots, pages)
+            pages = folded + (self.num_record_pages - folded * buffer) // record_pages(context_len)
         limits["rings (--memory)"] = self.num_rings
-        limits["record pages (--memory)"] = self.num_record_pages // record_pages(records)
+        limits["record pages (--memory)"] = pages
         limits["attention pages (--memory)"] = self.num_attention_pages // attention_pages(context_len)
         return limits
 
@@ -152,6 +158,15 @@ def record_pages(records: int) -> int:
     return math.ceil(records / RECORD_PAGE_SIZE)
 
 
+def buffer_pages(buffer_len: int) -> int:
+    """Return the record pages that are planned for each request with a state.
+
+    A buffer may hold BUFFER_SLACK records more, but few do at a time: most are not full, and where pages run short
+    a fold is not put off.
+    """
+    return record_pages(max(buffer_len, PROMPT_TAIL))
+
+
 def block_bytes(
     shape: CacheShape, dtype: torch.dtype, state_dtype: torch.dtype, record_dtype: torch.dtype, ring_len: int
 ) -> BlockBytes:
@@ -192,10 +207,8 @@ def plan_memory(
     """
     ring_len = shape.linear.conv_kernel - 1 + RING_SLACK
     each = block_bytes(shape, dtype, state_dtype, record_dtype, ring_len)
-    # A request that is past its first tokens; a prefix that is kept for others; a context's keys and values.
-    pages_per_request = record_pages(max(buffer_len, kv_only_len) + BUFFER_SLACK)
-    request = each.slot + each.ring + pages_per_request * each.record_page
-    cached = (each.slot + each.ring + each.record_page) if prefix_caching else 0
+    most_pages = record_pages(max(buffer_len, kv_only_len) + BUFFER_SLACK)
+    alone = each.slot + each.ring + most_pages * each.record_page
 
     if max_model_len is not None and max_model_len > shape.max_position_embeddings:
         raise ConfigError(
@@ -205,28 +218,43 @@ def plan_memory(
     if max_model_len is None:
         fits = shape.max_position_embeddings
         if each.attention_page:
-            fits = min(fits, max(0, budget - request) // each.attention_page * PAGE_SIZE)
+            fits = min(fits, max(0, budget - alone) // each.attention_page * PAGE_SIZE)
         max_model_len = max(fits, PAGE_SIZE)
     longest = attention_pages(max_model_len)
-    needed = request + longest * each.attention_page
+    needed = alone + longest * each.attention_page
     if needed > budget:
         raise CapacityError(
             f"{format_size(budget)} of cache memory cannot hold one request of {max_model_len} tokens, which needs "
             f"{format_size(needed)}: raise --memory or lower --max-model-len"
         )
+    # A request with a state, or with records alone where none is too long for that and they are smaller; a prefix that
+    # is kept.
+    slots, pages_per_request = 1, buffer_pages(buffer_len)
+    only_records = record_pages(max_model_len) * each.record_page < each.slot + pages_per_request * each.record_page
+    if only_records and max_model_len <= max(kv_only_len, PROMPT_TAIL):
+        slots, pages_per_request = 0, record_pages(max_model_len)
+    request = slots * each.slot + each.ring + pages_per_request * each.record_page
+    cached = (slots * each.slot + each.ring + each.record_page) if prefix_caching else 0
+    # What the first request may need beyond that.
+    first = alone - request
     # As many requests as can each have a typical context, with a cached prefix beside each; attention pages take the
     # rest, up to the longest context for everyone. Without linear-attention layers a slot costs nothing.
     typical = attention_pages(min(max_model_len, TYPICAL_CONTEXT)) * each.attention_page
     spare = (budget - needed) // request if request else max_num_seqs
-    requests = max(1, min(max_num_seqs, budget // max(1, request + cached + typical), 1 + spare))
-    left = budget - requests * request - longest * each.attention_page
+    requests = max(1, min(max_num_seqs, (budget - first) // max(1, request + cached + typical), 1 + spare))
+    budget_left = budget - first - requests * request
+    left = budget_left - longest * each.attention_page
     prefixes = min(requests, left // cached) if cached else 0
     attention = requests * longest
     if each.attention_page:
-        attention = min(attention, (budget - requests * request - prefixes * cached) // each.attention_page)
+        attention = min(attention, (budget_left - prefixes * cached) // each.attention_page)
+    left = budget_left - prefixes * cached - attention * each.attention_page
+    # Where --max-num-seqs is what binds, requests without a state have room for all their records.
+    more_pages = (requests - 1) * (most_pages - pages_per_request)
+    more_pages = min(more_pages, left // each.record_page) if each.record_page else 0
     if prefix_caching:
         # What is still left is for prefixes: their states, and keys and values as far as one state serves.
-        left = budget - requests * request - prefixes * cached - attention * each.attention_page
+        left -= more_pages * each.record_page
         pages = attention_pages(_CACHED_CONTEXT)
         more = min(left // max(1, cached + pages * each.attention_page), _MOST_CACHED_TOKENS // _CACHED_CONTEXT)
         prefixes, attention = prefixes + more, attention + more * pages
@@ -240,9 +268,9 @@ def plan_memory(
         state_dtype=state_dtype,
         record_dtype=record_dtype,
         ring_len=ring_len,
-        num_slots=requests + prefixes,
+        num_slots=slots * (requests + prefixes) + (1 - slots),
         num_rings=requests + prefixes,
-        num_record_pages=requests * pages_per_request + prefixes,
+        num_record_pages=requests * pages_per_request + most_pages - pages_per_request + more_pages + prefixes,
         num_attention_pages=attention,
         block_bytes=each,
     )

@@ -1,0 +1,367 @@
+"""How many requests fit a fixed memory budget at once, against a float32 state preallocated for each.
+
+    python benchmarks/capacity.py --out benchmarks/results/capacity.json
+
+The engine's own planner, memory and scheduler run with the byte sizes of real models, but without the models: clients
+send a request, let it decode to its end, and send the next; the result is the most clients for which no request ever
+waits for memory or is preempted. The baseline allocates per request what vLLM and SGLang do: a float32 state, a
+convolution state of W - 1 rows in the model's dtype, and attention pages for as many tokens as it has in the end,
+without loss.
+
+Each case is planned twice: for a server of up to 32,768 tokens with prefix caching, which divides its memory before it
+knows what will come, and fitted to the case (--max-model-len, --max-num-seqs, prefix caching only where prompts are
+shared). `on paper` is the ratio if every byte went where it is needed at the moment: the baseline's bytes of a request
+over the mean of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bare import bare_request, fixed_forms
+from checkpoints import checkpoint
+from kvbuffer.bench import machine
+from kvbuffer.cache.memory import RequestMemory
+from kvbuffer.cache.plan import MemoryPlan, plan_memory, record_pages
+from kvbuffer.cache.shapes import CacheShape, LinearShape
+from kvbuffer.engine.config import DTYPES, STATE_DTYPES, EngineConfig
+from kvbuffer.engine.engine import Engine
+from kvbuffer.engine.request import Request
+from kvbuffer.engine.sampling_params import SamplingParams
+from kvbuffer.engine.scheduler import Scheduler
+from kvbuffer.errors import CapacityError
+from kvbuffer.models.config import ModelConfig
+from kvbuffer.ops.attention import PAGE_SIZE
+from kvbuffer.tokenizer import Tokenizer
+
+LONGEST = 32768
+BUFFER_LEN = 16
+COPIES = 8
+#: (states, records)
+TIERS = (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("int8", "bfloat16"))
+
+
+def _shape(linear_layers: int, attention_layers: int, value_heads: int, kv_heads: int) -> CacheShape:
+    types = ("linear_attention",) * linear_layers + ("full_attention",) * attention_layers
+    return CacheShape(types, LinearShape(16, value_heads, 128, 128, 4), kv_heads, 256, LONGEST)
+
+
+#: Of the defaults of transformers' Qwen3NextConfig and Qwen3_5TextConfig. Qwen3.5-35B-A3B (Qwen3_5MoeTextConfig) has 30
+#: and 10 of Qwen3-Next's layers, hence the same ratios.
+SHAPES = {
+    "Qwen3-Next-80B-A3B": _shape(36, 12, 32, 2),
+    "Qwen3.5-9B": _shape(24, 8, 32, 4),
+}
+
+
+class Case(NamedTuple):
+    """What clients send.
+
+    Attributes:
+        name: for the table.
+        shortest, longest: tokens that a request has in the end, uniform between these.
+        output: share of them that is generated.
+        copies: requests that have a prompt in common, one client each.
+    """
+
+    name: str
+    shortest: int
+    longest: int
+    output: float = 0.5
+    copies: int = 1
+
+    def lengths(self, rng: random.Random) -> tuple[int, int]:
+        """Prompt and final length of the next request."""
+        final = max(2, rng.randint(self.shortest, self.longest))
+        if self.copies > 1:
+            # Ends when the buffer is full: a prompt leaves its last 1 to 16 tokens there.
+            return final, final + BUFFER_LEN - (final - 1) % BUFFER_LEN - 1
+        return max(1, min(final - 1, round(final * (1 - self.output)))), final
+
+
+CASES = (
+    *(Case(f"{n} tokens", n, n) for n in (16, 32, 64, 128)),
+    Case("1 to 128 tokens", 1, 128),
+    Case("4,096 tokens", 4096, 4096, 1 / 64),
+    Case("32,768 tokens", LONGEST, LONGEST, 1 / 512),
+    Case(f"{COPIES} samples of 500 tokens", 488, 512, copies=COPIES),
+)
+
+
+def make_plan(
+    shape: CacheShape, budget: int, tier: tuple[str, str], max_model_len: int, max_num_seqs: int, prefix_caching: bool
+) -> MemoryPlan:
+    """A plan beside bfloat16 weights, KV only for as long as records are smaller than a state."""
+    state, record = STATE_DTYPES[tier[0]], DTYPES[tier[1]]
+    linear = shape.linear
+    rows = linear.num_value_heads * linear.key_head_dim
+    state_bytes = rows * (linear.value_head_dim * state.itemsize + (4 if tier[0] == "int8" else 0))
+    record_bytes = (linear.key_dim + linear.value_dim) * record.itemsize + 4 * linear.num_value_heads
+    return plan_memory(
+        shape, budget=budget, max_model_len=max_model_len, max_num_seqs=max_num_seqs, buffer_len=BUFFER_LEN,
+        kv_only_len=min(128, state_bytes // record_bytes), dtype=torch.bfloat16, state_dtype=state, record_dtype=record,
+        prefix_caching=prefix_caching,
+    )  # fmt: skip
+
+
+class Clients:
+    """Clients that always have one request each at the server, at different places in it.
+
+    Args:
+        case: what they send.
+        count: how many; a multiple of the copies.
+    """
+
+    def __init__(self, case: Case, count: int) -> None:
+        self._case, self._rng, self._number = case, random.Random(0), 0
+        self._groups = count // case.copies
+        self._active: list[list[Request]] = []
+        self._span = max(1, round(case.longest * case.output)) if case.copies == 1 else BUFFER_LEN
+        self.steps = 4 * self._span
+
+    def arrivals(self, step: int) -> Iterator[Request]:
+        """The requests to add before this step."""
+        for group in self._active:
+            # The first copy has been computed: the others find its prompt in the cache.
+            if len(group) == 1 and self._case.copies > 1 and group[0].num_computed_tokens:
+                first = group[0]
+                prompt = first.token_ids[: first.num_prompt_tokens]
+                for _ in range(self._case.copies - 1):
+                    group.append(self._request(list(prompt), first.max_len))
+                yield from group[1:]
+        self._active = [g for g in self._active if not all(len(r.token_ids) >= r.max_len for r in g)]
+        wanted = min(self._groups, 1 + step * self._groups // self._span)
+        for _ in range(wanted - len(self._active)):
+            prompt_len, final = self._case.lengths(self._rng)
+            request = self._request([self._number] * prompt_len, final)
+            self._active.append([request])
+            yield request
+
+    def _request(self, prompt: list[int], max_len: int) -> Request:
+        self._number += 1
+        return bare_request(str(self._number), prompt, max_len)
+
+
+def serves(plan: MemoryPlan, case: Case, count: int, prefix_caching: bool) -> int | None:
+    """Return the most requests that ran at once if ``count`` clients never have to wait for memory; None if they do."""
+    memory = RequestMemory(dataclasses.replace(plan, max_num_seqs=count), prefix_caching)
+    forms = fixed_forms(_LINEAR, BUFFER_LEN, plan.kv_only_len)
+    scheduler = Scheduler(memory, forms, max_num_batched_tokens=1 << 30)
+    clients, most = Clients(case, count), 0
+    for step in range(clients.steps):
+        for request in clients.arrivals(step):
+            scheduler.add(request)
+        batch = scheduler.schedule()
+        most = max(most, len(scheduler.running))
+        if scheduler.waiting or scheduler.num_preemptions:
+            return None
+        for request in scheduler.commit(batch):
+            if request.num_computed_tokens == request.num_prefill_tokens:
+                scheduler.publish(request)
+            request.token_ids.append(-int(request.request_id))
+            if len(request.token_ids) >= request.max_len:
+                scheduler.finish(request)
+    memory.check_integrity()
+    return most
+
+
+_LINEAR = next(iter(SHAPES.values())).linear  # a fixed policy does not depend on it
+
+
+def most_clients(case: Case, plan_for: Callable[[int], MemoryPlan], prefix_caching: bool) -> int:
+    """Return the most requests at once, by bisection over the number of clients.
+
+    Args:
+        case: what the clients send.
+        plan_for: the plan of a server for so many clients.
+        prefix_caching: whether it keeps prefixes.
+    """
+    low, high, best = 0, 2, 0
+
+    def attempt(count: int) -> int | None:
+        try:
+            return serves(plan_for(count * case.copies), case, count * case.copies, prefix_caching)
+        except CapacityError:
+            return None
+
+    while (most := attempt(high)) is not None:
+        low, high, best = high, 2 * high, most
+    while high - low > max(1, low // 50):
+        middle = (low + high) // 2
+        most = attempt(middle)
+        if most is None:
+            high = middle
+        else:
+            low, best = middle, most
+    return best
+
+
+def baseline_bytes(shape: CacheShape, case: Case) -> float:
+    """Mean bytes of a request with a float32 state of its own, at its end; copies share whole pages of the prompt."""
+    linear = shape.linear
+    state = linear.num_value_heads * linear.key_head_dim * linear.value_head_dim * 4
+    conv = (linear.conv_kernel - 1) * linear.conv_dim * 2
+    return shape.num_linear_layers * (state + conv) + _attention_bytes(shape, case)
+
+
+def _attention_bytes(shape: CacheShape, case: Case) -> float:
+    token = shape.num_attention_layers * 2 * shape.num_kv_heads * shape.head_dim * 2
+    tokens = (case.shortest + case.longest) / 2
+    if case.copies > 1:
+        shared = tokens // PAGE_SIZE * PAGE_SIZE
+        tokens = shared / case.copies + PAGE_SIZE
+    return tokens * token
+
+
+def our_bytes(shape: CacheShape, plan: MemoryPlan, case: Case) -> dict[str, float]:
+    """Mean bytes of a request over its life, whole pages counted, by kind."""
+    each, rng, slots, pages, count = plan.block_bytes, random.Random(0), 0.0, 0, 0
+    for _ in range(200):
+        prompt, final = case.lengths(rng)
+        for tokens in range(prompt, final):
+            count += 1
+            if case.copies > 1:
+                slots += 1 / case.copies
+                pages += record_pages(tokens % BUFFER_LEN or BUFFER_LEN)
+            elif tokens <= plan.kv_only_len:
+                pages += record_pages(tokens)
+            else:
+                slots += 1
+                pages += record_pages(1 + tokens % BUFFER_LEN)
+    return {
+        "state": each.slot * slots / count,
+        "records": each.record_page * pages / count,
+        "ring": each.ring,
+        "attention": _attention_bytes(shape, case),
+    }
+
+
+def fitted_plan(shape: CacheShape, budget: int, tier: tuple[str, str], case: Case, count: int) -> MemoryPlan:
+    """The plan of a server that is told what will come."""
+    longest = min(LONGEST, case.longest + (BUFFER_LEN if case.copies > 1 else 0))
+    return make_plan(shape, budget, tier, longest, count, case.copies > 1)
+
+
+def measure(shape: CacheShape, budget: int, case: Case, tier: tuple[str, str]) -> dict:
+    """One row of the table."""
+    baseline = int(budget / baseline_bytes(shape, case))
+    general = make_plan(shape, budget, tier, LONGEST, 64 * baseline, True)
+    counts = {
+        "general": most_clients(case, lambda _: general, True),
+        "fitted": most_clients(case, lambda count: fitted_plan(shape, budget, tier, case, count), case.copies > 1),
+    }
+    parts = our_bytes(shape, general, case)
+    return {
+        "case": case.name,
+        "states": tier[0],
+        "records": tier[1],
+        "baseline": baseline,
+        **counts,
+        **{f"{name}_ratio": round(count / baseline, 2) for name, count in counts.items()},
+        "on_paper": round(baseline_bytes(shape, case) / sum(parts.values()), 2),
+        "mib_per_request": {name: round(value / 2**20, 2) for name, value in parts.items()},
+        "baseline_mib_per_request": round(baseline_bytes(shape, case) / 2**20, 2),
+    }
+
+
+def run_engine(case: Case, tier: tuple[str, str], budget: int) -> dict:
+    """The same with the engine itself on the dense benchmark checkpoint, for the clients found in simulation."""
+    folder = checkpoint("dense")
+    model = ModelConfig.from_folder(folder)
+    shape = dataclasses.replace(model.cache_shape, max_position_embeddings=LONGEST)
+    baseline = int(budget / baseline_bytes(shape, case))
+    count = most_clients(case, lambda count: fitted_plan(shape, budget, tier, case, count), False)
+    plan = fitted_plan(shape, budget, tier, case, count)
+    config = EngineConfig(
+        str(folder), dtype="bfloat16", max_num_seqs=count, max_num_batched_tokens=1 << 16, show_progress=False,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    forms = fixed_forms(shape.linear, BUFFER_LEN, plan.kv_only_len)
+    engine = Engine(config, folder, model, plan, forms, Tokenizer(folder))
+    clients, most, finished = Clients(case, count), 0, 0
+    requests: dict[str, Request] = {}
+    for step in range(clients.steps):
+        for request in clients.arrivals(step):
+            requests[request.request_id] = request
+            output = request.max_len - request.num_prompt_tokens
+            params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+            engine.add_request(request.request_id, list(request.token_ids), params)
+        deltas = engine.step()
+        for delta in deltas:
+            requests[delta.request_id].token_ids += delta.token_ids
+        ended = [delta for delta in deltas if delta.finish_reason is not None]
+        finished += len(ended)
+        # Those that have just finished ran, too.
+        most = max(most, engine.stats.num_running + len(ended))
+    return {
+        "case": case.name, "states": tier[0], "records": tier[1], "baseline": baseline, "simulated": count,
+        "ran_at_once": most, "ratio": round(most / baseline, 2), "preemptions": engine.stats.num_preemptions,
+        "finished": finished,
+    }  # fmt: skip
+
+
+def markdown(result: dict) -> str:
+    """The tables."""
+    head = (
+        "| case | states / records | baseline | general plan | fitted plan | on paper "
+        "| state + records + ring + attention, MiB |"
+    )
+    lines = []
+    for name, rows in result["models"].items():
+        lines += [f"### {name}\n", head, "|---|---|---:|---:|---:|---:|---|"]
+        for row in rows:
+            parts = " + ".join(f"{value:.1f}" for value in row["mib_per_request"].values())
+            lines.append(
+                f"| {row['case']} | {row['states']} / {row['records']} | {row['baseline']} "
+                f"| {row['general']} ({row['general_ratio']:.2f}x) | {row['fitted']} ({row['fitted_ratio']:.2f}x) "
+                f"| {row['on_paper']:.2f}x | {parts} against {row['baseline_mib_per_request']:.1f} |"
+            )
+        lines.append("")
+    for row in result.get("engine", []):
+        lines.append(
+            f"Engine, {row['case']}, {row['states']} / {row['records']}: {row['ran_at_once']} requests at once against "
+            f"{row['baseline']} ({row['ratio']:.2f}x), {row['preemptions']} preemptions"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gib", type=float, default=16.0, help="budget of the simulated models")
+    parser.add_argument("--models", choices=SHAPES, nargs="*", default=list(SHAPES))
+    parser.add_argument("--engine-mib", type=int, default=192, help="budget of the real engine; 0 leaves it out")
+    parser.add_argument("--out", type=Path, help="JSON file, to which the models are added; tables go beside it")
+    args = parser.parse_args()
+    result: dict = {"models": {}}
+    if args.out and args.out.exists():
+        result = json.loads(args.out.read_text())
+    result |= {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": machine.commit(),
+        "settings": {"budget_gib": args.gib, "engine_mib": args.engine_mib, "buffer_len": BUFFER_LEN},
+        "machine": {key: x for key, x in machine.describe().items() if not key.endswith(("_bandwidth", "_peak"))},
+    }
+    for name in args.models:
+        budget = int(args.gib * 2**30)
+        result["models"][name] = [measure(SHAPES[name], budget, case, tier) for case in CASES for tier in TIERS]
+        print(f"{name} done", flush=True)
+    if args.engine_mib:
+        cases = [(CASES[1], TIERS[1]), (CASES[4], TIERS[2])]
+        result["engine"] = [run_engine(case, tier, args.engine_mib << 20) for case, tier in cases]
+    print(markdown(result))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(markdown(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
