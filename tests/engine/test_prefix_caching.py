@@ -412,3 +412,21 @@ class TestWhatIsNotPublished:
         assert not engine.has_work()
         output, _ = run(engine, prompt, greedy(20))
         cold.check(prompt, output, 20)
+
+
+class TestPins:
+    def test_a_pinned_prefix_is_kept_while_others_go(self, tiny: Path) -> None:
+        engine = sized_engine(tiny, slots=8, pages=32)
+        pinned = text(1, 60)
+        engine.add_request("p", pinned, greedy(4), RequestOptions(cache_ttl_s=100))
+        drain(engine)
+        for i in range(2, 9):
+            run(engine, text(i, 100), greedy(4))
+        assert run(engine, pinned, greedy(4))[1] == 59
+
+    def test_pins_never_keep_a_request_from_running(self, tiny: Path) -> None:
+        """A quarter of the pages is pinned, and the next request needs eight of the nine."""
+        engine = sized_engine(tiny, slots=4, pages=9)
+        engine.add_request("p", text(1, 20), greedy(4), RequestOptions(cache_ttl_s=100))
+        drain(engine)
+        assert len(run(engine, text(2, 100), greedy(28))[0]) == 28

@@ -330,6 +330,15 @@ class RequestMemory:
             attention_pages=tuple(self.attention_table[row, : self._num_attention_pages[row]].tolist()),
         )
 
+    def num_in_use(self, kind: PoolKind) -> int:
+        """Return how many blocks of a kind requests hold; a block that prefixes or pins hold alone is not in use."""
+        pool = self.pools.by_kind(kind)
+        used = pool.num_used - pool.num_idle
+        if self.prefixes is not None:
+            pins = self.prefixes.pinned(kind).copy()
+            used -= sum(pool.references(block) - pool.kept(block) == count for block, count in pins.items())
+        return used
+
     def check_integrity(self) -> None:
         """Check that no block is lost, and that every one is held by just the requests and prefixes that name it.
 
@@ -344,6 +353,8 @@ class RequestMemory:
             pool = self.pools.by_kind(kind)
             pool.check_integrity()
             counts = Counter(block for blocks in held for block in blocks[index])
+            if self.prefixes is not None:
+                counts.update(self.prefixes.pinned(kind))
             for block in range(pool.size):
                 if pool.references(block) - pool.kept(block) != counts[block]:
                     raise RuntimeError(f"{pool.name} {block} is not held by just the requests that name it")

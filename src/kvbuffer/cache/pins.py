@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from kvbuffer.cache.pools import Blocks, Pools
+from kvbuffer.cache.pools import POOL_KINDS, Blocks, PoolKind, Pools
 from kvbuffer.cache.prefix_tree import Node
 
 
@@ -49,6 +49,10 @@ class Pins:
         while any(len(count) > limit for count, limit in zip(self._pinned, self._limits, strict=True)):
             self._release(self._pins[0])
         return True
+
+    def counts(self, kind: PoolKind) -> Counter[int]:
+        """Return how many pins hold each block of a kind."""
+        return self._pinned[POOL_KINDS.index(kind)]
 
     def release_expired(self, now: float) -> None:
         """Let go of what was pinned until ``now`` or earlier."""

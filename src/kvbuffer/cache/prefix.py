@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -237,6 +238,14 @@ class PrefixCache:
             return False
         pages = tuple(node.block for node in stored.node.path())
         return self._pins.add(Pin(stored.node, until, blocks_of(stored.snapshot, pages)))
+
+    def unpin(self) -> None:
+        """Let go of all pins, so that what they keep can be evicted."""
+        self._pins.clear()
+
+    def pinned(self, kind: PoolKind) -> Counter[int]:
+        """Return how many pins hold each block of a kind, as a request would."""
+        return self._pins.counts(kind)
 
     def snapshots(self) -> Iterator[tuple[list[int], str | None, tuple[int, ...], Snapshot]]:
         """Go through what is cached, as ``on_evict`` would be given it; the cache must not change meanwhile."""

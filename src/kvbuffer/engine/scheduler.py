@@ -86,6 +86,14 @@ class Scheduler:
 
     def schedule(self) -> list[Segment]:
         """Return the next step, sorted by form. Memory is taken for all of it."""
+        batch = self._schedule()
+        if not batch and len(self.waiting) and not self.running and self.memory.prefixes is not None:
+            # What keeps the next request from starting can only be prefixes that are pinned.
+            self.memory.prefixes.unpin()
+            batch = self._schedule()
+        return batch
+
+    def _schedule(self) -> list[Segment]:
         batch = list(self._decodes())
         budget = max(CHUNK, self.max_num_batched_tokens - len(batch))
         for request in self._prefilling():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kvbuffer.cache.disk import DiskStats
 from kvbuffer.cache.memory import RequestMemory
-from kvbuffer.cache.pools import PoolKind
+from kvbuffer.cache.pools import POOL_KINDS, PoolKind
 from kvbuffer.cache.prefix import PrefixCounters
 from kvbuffer.engine.scheduler import Scheduler
 
@@ -62,10 +62,12 @@ def read_stats(scheduler: Scheduler, memory: RequestMemory, disk: DiskStats | No
         num_preemptions=scheduler.num_preemptions,
         num_folds=scheduler.num_folds,
         delays=dict(scheduler.delays),
-        pools={
-            kind: PoolStats(pool.num_used - pool.num_idle, pool.num_idle, pool.size)
-            for kind, pool in memory.pools.items()
-        },
+        pools={kind: _pool_stats(memory, kind) for kind in POOL_KINDS},
         prefixes=PrefixCounters() if memory.prefixes is None else memory.prefixes.counters,
         disk=disk,
     )
+
+
+def _pool_stats(memory: RequestMemory, kind: PoolKind) -> PoolStats:
+    pool, used = memory.pools.by_kind(kind), memory.num_in_use(kind)
+    return PoolStats(used, pool.num_used - used, pool.size)
