@@ -109,7 +109,7 @@ def profile(clock: Clock, kind: str, concurrency: int, limits: dict) -> list[dic
     options = {"dtype": "bfloat16", "max_model_len": MAX_MODEL_LEN, "show_progress": False}
     llm = LLM(str(checkpoint(kind)), max_num_seqs=concurrency, **options)
     engine = llm.engine
-    cycle = engine.config.buffer_len
+    cycle = engine.plan.buffer_len
     params = SamplingParams(temperature=0, max_tokens=(_CYCLES + 1) * cycle + 2, ignore_eos=True)
     generator = torch.Generator().manual_seed(0)
     for number in range(concurrency):
