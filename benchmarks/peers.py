@@ -145,6 +145,7 @@ class KVBuffer(HttpSystem):
             *(sys.executable, "-c", "from kvbuffer.cli import main; main()", "serve", str(checkpoint(self.model))),
             *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "bench", "--dtype", "bfloat16"),
             *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(self.max_concurrency)),
+            "--no-enable-prefix-caching",
         ]
 
 

@@ -19,7 +19,7 @@ from kvbuffer.ops.rule import GATED_DELTANET
 LONGEST_BUFFER = 32
 #: The batch for which it is worked out how long a request does best without a state.
 _TYPICAL_BATCH = 8
-_LONGEST_KV_ONLY = 128
+_LONGEST_KV_ONLY = 32
 
 
 class FormPolicy:
