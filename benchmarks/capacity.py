@@ -166,7 +166,7 @@ def serves(plan: MemoryPlan, case: Case, count: int, prefix_caching: bool) -> in
             return None
         for request in scheduler.commit(batch):
             if request.num_computed_tokens == request.num_prefill_tokens:
-                scheduler.publish(request)
+                scheduler.publish(request, "prompt")
             request.token_ids.append(-int(request.request_id))
             if len(request.token_ids) >= request.max_len:
                 scheduler.finish(request)

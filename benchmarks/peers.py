@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,7 +30,7 @@ _THREADS = len(os.sched_getaffinity(0))
 _START_TIMEOUT_S = 900
 
 
-class System:
+class System(ABC):
     """One system: a process group with a name, a version and a way to be asked for completions."""
 
     def __init__(self, name: str, model: str, max_concurrency: int, environment: dict[str, str] | None = None) -> None:
@@ -39,16 +40,16 @@ class System:
         self.environment = environment or {}
         self.process: subprocess.Popen | None = None
 
-    def version(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def version(self) -> str: ...
 
+    @abstractmethod
     def command(self) -> list[str]:
         """The command line, which is also what the result records."""
-        raise NotImplementedError
 
+    @abstractmethod
     def generate(self, prompts: list[list[int]], max_tokens: int, want_ids: bool = False) -> list[Completion]:
         """Greedy completions of all prompts at once, each exactly `max_tokens` long."""
-        raise NotImplementedError
 
     def start(self) -> None:
         log = CACHE / "logs" / f"{self.name}.log"
@@ -91,8 +92,8 @@ class System:
     def _stdout(self, log):
         return log
 
-    def _wait_until_ready(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _wait_until_ready(self) -> None: ...
 
 
 class HttpSystem(System):
