@@ -9,26 +9,11 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvbuffer.engine.detokenizer import IncrementalDetokenizer
 from kvbuffer.engine.queue import OUTPUT_WEIGHT, WaitingQueue
-from kvbuffer.engine.request import Request, RequestOptions
-from kvbuffer.engine.sampling_params import SamplingParams
-from kvbuffer.engine.sampling_state import SamplingState
+from kvbuffer.engine.request import Request
 from kvbuffer.errors import QueueFullError
-
-PARAMS = SamplingParams()
-QUANTUM, PATIENCE = 100, 1000
-
-
-def request(name: str, client: str = "", priority: int = 0, cost: int = 10) -> Request:
-    state, text = SamplingState(PARAMS, [], []), IncrementalDetokenizer(None, PARAMS)  # type: ignore[arg-type]
-    return Request(name, PARAMS, [0] * cost, cost, cost + 8, state, text, RequestOptions(priority, client))
-
-
-def queue(max_len: int | None = None, clock: Callable[[], float] = time.monotonic) -> WaitingQueue:
-    return WaitingQueue(max_len, quantum=QUANTUM, patience=PATIENCE, clock=clock)
+from tests.support.queues import PATIENCE, QUANTUM, queue, request, take
 
 
 def filled(*requests: Request) -> WaitingQueue:
@@ -36,16 +21,6 @@ def filled(*requests: Request) -> WaitingQueue:
     for one in requests:
         q.push(one)
     return q
-
-
-def take(q: WaitingQueue, locality: Callable[[Request], int] | None = None) -> Request:
-    """Admit the next request and charge its prompt, as the scheduler does."""
-    first = q.peek(locality)
-    assert first is not None
-    assert q.pop() is first
-    q.charge(first, prompt=first.num_prompt_tokens)
-    q.check_integrity()
-    return first
 
 
 def names(q: WaitingQueue, count: int | None = None, locality: Callable[[Request], int] | None = None) -> str:
@@ -375,61 +350,3 @@ class TestLimits:
         assert retry_after() == 19  # a place in ten, at 19 intervals of 2 s for 20 admissions
         now += 1000.0
         assert retry_after() == 60
-
-
-class QueueMachine(RuleBasedStateMachine):
-    """Requests come, go and come back at random; the model is a list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.queue = queue(max_len=12)
-        self.waiting: list[Request] = []
-        self.running: list[Request] = []
-
-    @rule(client=st.sampled_from("abcd"), priority=st.integers(0, 2), cost=st.integers(1, 300))
-    def push(self, client: str, priority: int, cost: int) -> None:
-        new = request("r", client, priority, cost)
-        mine = sum(r.options.client == client for r in self.waiting)
-        free = 12 - len(self.waiting)
-        if mine < free:
-            self.queue.push(new)
-            self.waiting.append(new)
-            return
-        with pytest.raises(QueueFullError) as error:
-            self.queue.push(new)
-        assert (error.value.reason == "queue_full") == (free <= 0)
-
-    @precondition(lambda self: self.waiting)
-    @rule(salt=st.integers(1, 1000))
-    def pop(self, salt: int) -> None:
-        first = take(self.queue, lambda r: id(r) % salt)
-        self.waiting.remove(first)
-        self.running.append(first)
-
-    @rule()
-    def peek(self) -> None:
-        assert self.queue.peek() in (self.waiting or [None])
-
-    @precondition(lambda self: self.waiting)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        self.queue.remove(self.waiting.pop(data.draw(st.integers(0, len(self.waiting) - 1))))
-
-    @precondition(lambda self: self.running)
-    @rule(data=st.data(), back=st.booleans(), output=st.integers(0, 200))
-    def end_or_preempt(self, data: st.DataObject, back: bool, output: int) -> None:
-        one = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-        self.queue.charge(one, output=output)
-        if back:
-            self.queue.push_front(one)
-            self.waiting.append(one)
-
-    @invariant()
-    def agrees_with_the_list(self) -> None:
-        self.queue.check_integrity()
-        assert len(self.queue) == len(self.waiting)
-        assert {id(r) for r in self.queue} == {id(r) for r in self.waiting}
-
-
-TestQueueMachine = QueueMachine.TestCase
-TestQueueMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

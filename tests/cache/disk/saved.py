@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
 
-from kvbuffer.cache.disk import DiskTier, Geometry
+from kvbuffer.cache.disk import DiskTier, Geometry, entry
+from kvbuffer.cache.disk.entry import SUFFIX
+from kvbuffer.cache.disk.tier import SUBFOLDER
+
+MIB = 1 << 20
+Open = Callable[..., DiskTier]
 
 
 def geometry(start: int, end: int) -> Geometry:
@@ -35,3 +45,21 @@ def load(tier: DiskTier, seed: int, salt: str | None = None) -> Tensor | None:
     """What the tier has for the prompt of ``seed``."""
     match = tier.match(prompt(seed), salt, 40)
     return None if match is None else tier.load(match)
+
+
+def files(folder: Path) -> list[Path]:
+    """The entries in the test's folder."""
+    return sorted((folder / SUBFOLDER).glob(f"*{SUFFIX}"))
+
+
+def same(left: Tensor | None, right: Tensor) -> bool:
+    return left is not None and torch.equal(left, right)
+
+
+def break_disk(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let every write fail when it is to reach the disk."""
+
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(entry.os, "fsync", fail)
