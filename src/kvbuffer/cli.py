@@ -37,6 +37,7 @@ from kvbuffer.cli_options import (
 )
 from kvbuffer.engine import defaults
 from kvbuffer.errors import ConfigError, KVBufferError
+from kvbuffer.train.command import train
 
 if TYPE_CHECKING:
     from kvbuffer.engine.engine import Engine
@@ -51,6 +52,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench, name="bench")
+app.add_typer(train, name="train")
 
 
 @app.command()

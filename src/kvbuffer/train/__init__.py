@@ -1,0 +1,1 @@
+"""Training, and the multi-level operators that grow and shrink checkpoints. Nothing of the server imports this."""
