@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from kvbuffer import cli
 from kvbuffer.cli_options import parse_size
 from kvbuffer.engine.config import EngineConfig
+from kvbuffer.engine.speculative.config import SpeculativeConfig
 from kvbuffer.errors import ConfigError, ModelError
 from kvbuffer.server import launch
 from tests.server.fake_engine import FakeEngine
@@ -118,6 +119,18 @@ def test_a_configuration_file_gives_defaults_and_flags_win(served: dict[str, Any
         2**20,
         "float32",
     )
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_speculation_is_json_or_a_mapping_in_the_file(served: dict[str, Any], tmp_path: Path, flag: bool) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text(
+        "port: 0\n" if flag else "port: 0\nspeculative-config: {method: ngram, num_speculative_tokens: 4}\n"
+    )
+    options = ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4}'] if flag else []
+    result = runner.invoke(cli.app, ["serve", "demo", "--config", str(config), *options])
+    assert result.exit_code == 0, result.output
+    assert SpeculativeConfig.parse(served["speculative_config"]) == SpeculativeConfig("ngram", 4)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from kvbuffer.cli_options import (
     Model,
     PrefixCaching,
     RecordDtype,
+    SpeculativeConfigOption,
     StateDtype,
     StateDtypeOption,
     Threads,
@@ -76,6 +77,7 @@ def serve(
     state_dtype: StateDtypeOption = StateDtype.AUTO,
     record_dtype: RecordDtype = Dtype.AUTO,
     enable_prefix_caching: PrefixCaching = True,
+    speculative_config: SpeculativeConfigOption = None,
     cache_dir: CacheDir = None,
     cache_dir_size: CacheDirSize = defaults.CACHE_DIR_BYTES,
     threads: Threads = None,
@@ -116,6 +118,7 @@ def serve(
         state_dtype=state_dtype.value,
         record_dtype=record_dtype.value,
         enable_prefix_caching=enable_prefix_caching,
+        speculative_config=speculative_config,
         cache_dir=cache_dir,
         cache_dir_bytes=cache_dir_size,
         threads=threads,
@@ -158,12 +161,16 @@ def generate(
     memory: Memory = None,
     buffer_len: BufferLen = None,
     threads: Threads = None,
+    speculative_config: SpeculativeConfigOption = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
 ) -> None:
     """Continue a text with MODEL and print it as it comes."""
     if prompt is None:
         prompt = sys.stdin.read()
-    engine = load_engine(model=model, dtype=dtype.value, memory=memory, buffer_len=buffer_len, threads=threads)
+    engine = load_engine(
+        model=model, dtype=dtype.value, memory=memory, buffer_len=buffer_len, threads=threads,
+        speculative_config=speculative_config,
+    )  # fmt: skip
     params = local_sampling_params(engine, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     for delta in run_one(engine, engine.tokenizer.encode(prompt), params):
         print(delta.text, end="", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -64,7 +65,10 @@ def use_config_file(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} must hold options and their values, as in 'port: 8000'.")
-    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    values = {
+        str(name).replace("-", "_"): json.dumps(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
     known = {parameter.name for parameter in context.command.params} - {"config"}
     if unknown := values.keys() - known:
         raise typer.BadParameter(
@@ -95,6 +99,14 @@ BufferLen = Annotated[
 KvOnlyLen = Annotated[
     int | None,
     typer.Option(min=0, help="Tokens that a request has before it gets a state; default: as long as that pays."),
+]
+SpeculativeConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative-config",
+        metavar="JSON",
+        help='How next tokens are guessed, as in \'{"method": "ngram", "num_speculative_tokens": 4}\'; default: not.',
+    ),
 ]
 CacheDir = Annotated[
     Path | None,

@@ -18,6 +18,7 @@ from kvbuffer.cache.pools import POOL_KINDS, PoolKind
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import RequestOptions
 from tests.support.checkpoints import VOCAB_SIZE
+from tests.support.drafters import OracleDrafter, fixed_length, sometimes, use_drafter
 from tests.support.plans import Outputs, check_idle, drain, poison_free, sized_engine
 
 MAX_LEN = 96
@@ -43,15 +44,24 @@ def expected(tiny: Path) -> list[list[int]]:
     return outputs
 
 
-def test_any_order_of_events_gives_the_outputs_obtained_alone(tiny: Path, expected: list[list[int]]) -> None:
-    engine = sized_engine(tiny, slots=4, pages=9, max_model_len=MAX_LEN, buffer_len=3, tokens=64)
+@pytest.mark.parametrize("num_drafts", [0, 4])
+def test_any_order_of_events_gives_the_outputs_obtained_alone(
+    tiny: Path, expected: list[list[int]], num_drafts: int
+) -> None:
+    options = {} if not num_drafts else {"speculative_config": fixed_length(num_drafts)}
+    engine = sized_engine(tiny, slots=4, pages=9, max_model_len=MAX_LEN, buffer_len=3, tokens=64, **options)
+    outputs = {tuple(prompt): output for prompt, output in zip(PROMPTS, expected, strict=True)}
 
     class Machine(EngineMachine):
         def __init__(self) -> None:
             super().__init__(engine, expected)
+            if num_drafts:
+                use_drafter(engine, OracleDrafter(outputs, sometimes(0.7), VOCAB_SIZE))
 
     run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=50, deadline=None))
     assert engine.stats.num_preemptions > 0
+    if num_drafts:
+        assert engine.stats.speculative.num_draft_tokens > engine.stats.speculative.num_accepted_tokens > 0
     assert engine._memory.prefixes.counters.hits > 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvbuffer.engine.sampler import InvalidLogits, SampledToken, sample
+from kvbuffer.engine.sampler import InvalidLogits, SampledToken, sample_row
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.sampling_state import SamplingState
 
@@ -23,6 +23,10 @@ def state_of(params, prompt=(), output=(), eos=(EOS,)):
     for token_id in output:
         state.append(token_id)
     return state
+
+
+def sample(logits, states, vocab_size):
+    return [sample_row(row, state, vocab_size) for row, state in zip(logits, states, strict=True)]
 
 
 def sample_ids(logits, states, vocab_size=None):

@@ -54,7 +54,8 @@ def scheduler(
 def step(scheduler: Scheduler) -> list[Segment]:
     """Do what the engine does with a scheduled step, every request ending at its ``max_len``."""
     batch = scheduler.schedule()
-    for request in scheduler.commit(batch):
+    for segment in scheduler.commit(batch):
+        request = segment.request
         scheduler.publish(request, "prompt")
         request.token_ids.append(0)
         if len(request.token_ids) >= request.max_len:
@@ -332,9 +333,10 @@ class TestForms:
 
 def test_folds_due_are_the_most_overdue_and_keep_pace() -> None:
     def due(*overdue: int) -> set[int]:
-        return folds_due(np.array(overdue, np.int32), 4)
+        return folds_due(np.array(overdue, np.int32), 4, len(overdue))
 
     assert due() == set()
     assert due(-1, -2) == set()
     assert due(0, 3, 1) == {1}
     assert due(*[5] * 9) == {0, 1, 2}
+    assert folds_due(np.array([5] * 9, np.int32), 4, 9 + 8) == {0, 1, 2, 3, 4}  # with drafts

@@ -16,6 +16,7 @@ from kvbuffer.cache.pools import POOL_KINDS
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
 from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReason, RequestOptions, TokenLogprob
 from kvbuffer.engine.sampling_params import SamplingParams
+from kvbuffer.engine.speculative.speculator import SpeculativeStats
 from kvbuffer.engine.stats import EngineStats, PoolStats
 from kvbuffer.errors import InvalidRequestError, QueueFullError
 
@@ -73,6 +74,8 @@ class FakeEngine:
     queue_full: QueueFullError | None = None
     room: float = math.inf
     num_cached_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     max_num_seqs: int = 64
     max_model_len: int = 4096
     generation_defaults: dict[str, float | int] = field(default_factory=dict)
@@ -81,6 +84,7 @@ class FakeEngine:
     requests: dict[str, FakeRequest] = field(default_factory=dict)
     seen: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
     options: list[RequestOptions] = field(default_factory=list)
+    speculative: SpeculativeStats | None = None
     num_steps: int = 0
     num_aborted: int = 0
     num_closed: int = 0
@@ -94,6 +98,7 @@ class FakeEngine:
             num_waiting=len(self.requests) - running,
             num_folds=7,
             pools=dict.fromkeys(POOL_KINDS, used),
+            speculative=self.speculative,
         )
 
     def close(self) -> None:
@@ -180,4 +185,6 @@ class FakeEngine:
             num_output_tokens=request.num_output_tokens,
             num_cached_tokens=self.num_cached_tokens,
             scheduled_at=request.scheduled_at,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
         )

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvbuffer import __version__
+from kvbuffer.engine.speculative.speculator import SpeculativeStats
 from kvbuffer.errors import QueueFullError
 from tests.server.conftest import ClientFactory
 from tests.server.events import chunks
@@ -96,6 +97,25 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
         assert samples[f"kvbuffer:{name}_seconds_bucket", "+Inf"] == 2
     assert samples["kvbuffer:inter_token_latency_seconds_count", None] == 6
     assert "process_resident_memory_bytes" in text
+
+
+async def test_metrics_of_speculation(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    assert "spec_decode" not in (await client.get("/metrics")).text
+    engine.speculative = SpeculativeStats(5, 20, 9, [5, 3, 1, 0], 0.25, 1.5)
+    samples = {
+        (sample.name.removeprefix("kvbuffer:spec_decode_"), sample.labels.get("position")): sample.value
+        for family in text_string_to_metric_families((await client.get("/metrics")).text)
+        for sample in family.samples
+        if "spec_decode" in sample.name
+    }
+    assert samples == {
+        ("num_drafts_total", None): 5,
+        ("num_draft_tokens_total", None): 20,
+        ("num_accepted_tokens_total", None): 9,
+        **{("num_accepted_tokens_per_pos_total", str(i)): count for i, count in enumerate([5, 3, 1, 0])},
+        ("draft_seconds_total", None): 0.25,
+        ("verify_seconds_total", None): 1.5,
+    }
 
 
 async def test_rejected_requests_are_counted_by_reason(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -74,3 +74,9 @@ async def test_usage_tells_cached_tokens(client: httpx.AsyncClient, engine: Fake
     engine.num_cached_tokens = 4
     usage = (await client.post(path, json=PROMPTS[path] | {"n": 2})).json()["usage"]
     assert usage["prompt_tokens_details"] == {"cached_tokens": 4}  # the prompt's, however many choices
+
+
+async def test_usage_tells_what_became_of_drafts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.num_draft_tokens, engine.num_accepted_tokens = 7, 5
+    usage = (await client.post("/v1/completions", json={"prompt": "hello", "n": 2})).json()["usage"]
+    assert usage["completion_tokens_details"] == {"accepted_prediction_tokens": 10, "rejected_prediction_tokens": 4}

@@ -13,7 +13,7 @@ from kvbuffer.cache.plan import RECORD_PAGE_SIZE, MemoryPlan, plan_memory
 from kvbuffer.cache.pools import POOL_KINDS
 from kvbuffer.cache.shapes import CacheShape, LinearShape
 from kvbuffer.cache.transfer import block_tensors
-from kvbuffer.engine.config import EngineConfig
+from kvbuffer.engine.config import STATE_DTYPES, EngineConfig
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.forms import FormPolicy
 from kvbuffer.engine.request import CompletionDelta
@@ -72,9 +72,18 @@ def sized_engine(
     )  # fmt: skip
     model = ModelConfig.from_folder(folder)
     lengths = {"max_model_len": max_model_len, "buffer_len": buffer_len, "kv_only_len": kv_only_len}
-    plan = plan_for(model.cache_shape, **lengths, prefix_caching=config.enable_prefix_caching)
-    float32 = (torch.float32, torch.float32)
-    forms = FormPolicy.for_model(model.cache_shape.linear, *float32, buffer_len, kv_only_len, config.max_num_seqs)
+    dtypes = [STATE_DTYPES.get(name, torch.float32) for name in (config.state_dtype, config.record_dtype)]
+    plan = plan_for(
+        model.cache_shape,
+        **lengths,
+        state_dtype=dtypes[0],
+        record_dtype=dtypes[1],
+        prefix_caching=config.enable_prefix_caching,
+        num_draft_tokens=config.num_draft_tokens,
+    )
+    forms = FormPolicy.for_model(
+        model.cache_shape.linear, *dtypes, buffer_len, kv_only_len, config.max_num_seqs, bool(config.num_draft_tokens)
+    )
     plan = dataclasses.replace(_sized(plan, slots, pages), **pools or {})
     return Engine(config, folder, model, plan, forms, Tokenizer(folder))
 

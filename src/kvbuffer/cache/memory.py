@@ -275,6 +275,20 @@ class RequestMemory:
         self.fill[row] = 1
         self._drop_record_pages(row, keep=1)
 
+    def accept(self, row: int, num_tokens: int, num_accepted: int) -> None:
+        """Keep the records of accepted drafts, and give back the pages that only the rejected ones needed.
+
+        Args:
+            row: the request's row.
+            num_tokens: its computed tokens, the accepted ones included.
+            num_accepted: drafts accepted.
+        """
+        self.fill[row] += num_accepted
+        self._drop_record_pages(row, keep=record_pages(int(self.fill[row])))
+        keep, have = attention_pages(num_tokens), self._num_attention_pages[row]
+        self.pools.attention_pages.give_back(self.attention_table[row, keep:have].tolist())
+        self._num_attention_pages[row] = keep
+
     def publish(self, row: int, token_ids: Sequence[int], salt: str | None = None, origin: Origin = "prompt") -> None:
         """Offer a request's memory to later requests with the same beginning.
 
@@ -294,7 +308,7 @@ class RequestMemory:
             self.work.append(Copy("rings", ring, copy))
             ring = copy
         # Taps reach back to inputs that the ring must still hold, unless it holds all there are.
-        earliest = end - RING_SLACK if end > self.plan.ring_len else 0
+        earliest = end - RING_SLACK if end > self.plan.ring_len - self.plan.num_draft_tokens else 0
         snapshot = Snapshot(
             start=max(end - fill, earliest),
             end=end,

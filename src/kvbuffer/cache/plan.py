@@ -55,6 +55,7 @@ class MemoryPlan:
         max_num_seqs: the user's cap on running requests.
         buffer_len: records a KV buffer holds before it is folded.
         kv_only_len: a request lives on records alone for as many tokens.
+        num_draft_tokens: most tokens that a request drafts in a step.
         dtype: dtype of the model: of its weights, of keys and values in attention pages, of the rings.
         state_dtype: dtype of the states.
         record_dtype: dtype of the records' keys and values.
@@ -71,6 +72,7 @@ class MemoryPlan:
     max_num_seqs: int
     buffer_len: int
     kv_only_len: int
+    num_draft_tokens: int
     dtype: torch.dtype
     state_dtype: torch.dtype
     record_dtype: torch.dtype
@@ -88,7 +90,7 @@ class MemoryPlan:
     @property
     def max_records(self) -> int:
         """Records that a request's buffer may come to hold."""
-        return max(self.buffer_len, self.kv_only_len) + BUFFER_SLACK
+        return max(self.buffer_len, self.kv_only_len) + BUFFER_SLACK + self.num_draft_tokens
 
     @property
     def total_bytes(self) -> int:
@@ -195,6 +197,7 @@ def plan_memory(
     state_dtype: torch.dtype,
     record_dtype: torch.dtype,
     prefix_caching: bool,
+    num_draft_tokens: int = 0,
 ) -> MemoryPlan:
     """Divide ``budget`` bytes into pools.
 
@@ -205,9 +208,10 @@ def plan_memory(
         CapacityError: the budget cannot hold one request of the length asked for.
         ConfigError: the length asked for is more than the model was made for.
     """
-    ring_len = shape.linear.conv_kernel - 1 + RING_SLACK
+    # Drafts overwrite the oldest inputs before it is known whether they are accepted.
+    ring_len = shape.linear.conv_kernel - 1 + RING_SLACK + num_draft_tokens
     each = block_bytes(shape, dtype, state_dtype, record_dtype, ring_len)
-    most_pages = record_pages(max(buffer_len, kv_only_len) + BUFFER_SLACK)
+    most_pages = record_pages(max(buffer_len, kv_only_len) + BUFFER_SLACK + num_draft_tokens)
     alone = each.slot + each.ring + most_pages * each.record_page
 
     if max_model_len is not None and max_model_len > shape.max_position_embeddings:
@@ -264,6 +268,7 @@ def plan_memory(
         max_num_seqs=max_num_seqs,
         buffer_len=buffer_len,
         kv_only_len=kv_only_len,
+        num_draft_tokens=num_draft_tokens,
         dtype=dtype,
         state_dtype=state_dtype,
         record_dtype=record_dtype,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kvbuffer.engine import defaults
+from kvbuffer.engine.speculative.config import SpeculativeConfig
 from kvbuffer.errors import ConfigError
 from kvbuffer.ops.chunked import CHUNK
 
@@ -36,6 +39,8 @@ class EngineConfig:
             finds cheapest for each batch.
         kv_only_len: tokens that a request has before it gets a state; by default as long as that pays.
         enable_prefix_caching: keep the memory of finished requests for later ones that begin with the same tokens.
+        speculative_config: how the next tokens are guessed, as a :class:`SpeculativeConfig`, a dictionary or JSON; None
+            for not at all.
         cache_dir: folder for cached prefixes that memory has no room for, and for all of them across a restart.
         cache_dir_bytes: most bytes in it.
         threads: CPU threads; PyTorch's choice by default.
@@ -58,6 +63,7 @@ class EngineConfig:
     buffer_len: int | None = None
     kv_only_len: int | None = None
     enable_prefix_caching: bool = True
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None
     cache_dir: Path | None = None
     cache_dir_bytes: int = defaults.CACHE_DIR_BYTES
     threads: int | None = None
@@ -87,3 +93,16 @@ class EngineConfig:
         for name in ("buffer_len", "kv_only_len"):
             if (getattr(self, name) or 0) > 1024:
                 raise ConfigError(f"{name} must be at most 1024, got {getattr(self, name)}")
+        if self.speculative_config is not None:
+            object.__setattr__(self, "speculative_config", SpeculativeConfig.parse(self.speculative_config))
+
+    @property
+    def speculative(self) -> SpeculativeConfig | None:
+        """The checked ``speculative_config``."""
+        assert self.speculative_config is None or isinstance(self.speculative_config, SpeculativeConfig)
+        return self.speculative_config
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Most tokens that a request drafts in a step."""
+        return 0 if self.speculative is None else self.speculative.num_speculative_tokens

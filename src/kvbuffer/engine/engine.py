@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvbuffer.cache.disk import DiskTier, fingerprint
 from kvbuffer.cache.memory import RequestMemory
@@ -18,12 +19,13 @@ from kvbuffer.cache.store import allocate
 from kvbuffer.engine.config import DTYPES, STATE_DTYPES, EngineConfig
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
 from kvbuffer.engine.forms import FormPolicy
+from kvbuffer.engine.output import Extension, extend_output
 from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReason, Request, RequestOptions
 from kvbuffer.engine.runner import Runner
-from kvbuffer.engine.sampler import InvalidLogits, SampledToken, sample
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.sampling_state import SamplingState
-from kvbuffer.engine.scheduler import Scheduler
+from kvbuffer.engine.scheduler import Scheduler, Segment
+from kvbuffer.engine.speculative.speculator import Speculator, make_drafter
 from kvbuffer.engine.stats import EngineStats, read_stats
 from kvbuffer.errors import InvalidRequestError
 from kvbuffer.models.config import ModelConfig
@@ -69,7 +71,10 @@ class Engine:
         self._model = Decoder(folder, model_config, plan.dtype, plan.max_model_len, config.show_progress)
         self._memory = RequestMemory(plan, config.enable_prefix_caching)
         caches = allocate(model_config.cache_shape, plan)
-        self._runner = Runner(self._model, caches, self._memory)
+        speculative = config.speculative
+        self._speculator = None if speculative is None else Speculator(speculative, make_drafter(speculative))
+        needs_hidden = self._speculator is not None and self._speculator.drafter.needs_hidden
+        self._runner = Runner(self._model, caches, self._memory, needs_hidden)
         self._offload: Offload | None = None
         if config.cache_dir is not None and self._memory.prefixes is not None:
             tier = DiskTier(config.cache_dir, config.cache_dir_bytes, fingerprint(folder, caches))
@@ -97,8 +102,9 @@ class Engine:
         exact = torch.float32 if state_dtype == torch.float32 else torch.bfloat16
         record_dtype = DTYPES.get(config.record_dtype, exact)
         forms = FormPolicy.for_model(
-            shape.linear, state_dtype, record_dtype, config.buffer_len, config.kv_only_len, config.max_num_seqs
-        )
+            shape.linear, state_dtype, record_dtype, config.buffer_len, config.kv_only_len, config.max_num_seqs,
+            speculative=config.speculative is not None,
+        )  # fmt: skip
         weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         plan = plan_memory(
             shape,
@@ -111,6 +117,7 @@ class Engine:
             state_dtype=state_dtype,
             record_dtype=record_dtype,
             prefix_caching=config.enable_prefix_caching,
+            num_draft_tokens=config.num_draft_tokens,
         )
         return cls(config, folder, model_config, plan, forms, Tokenizer(folder))
 
@@ -118,7 +125,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """The counters and pools as they are now; may be read from any thread."""
         disk = None if self._offload is None else self._offload.tier.stats
-        return read_stats(self._scheduler, self._memory, disk)
+        return read_stats(self._scheduler, self._memory, self._speculator, disk)
 
     def add_request(
         self,
@@ -179,7 +186,7 @@ class Engine:
         """Forget a request and free its memory; an unknown id is ignored."""
         request = self._requests.pop(request_id, None)
         if request is not None:
-            self._scheduler.finish(request)
+            self._finish(request)
 
     def reset_prefix_cache(self) -> None:
         """Forget what earlier requests left behind; running requests keep what they use."""
@@ -205,71 +212,69 @@ class Engine:
             return self._step()
         except BaseException:
             for request in self._requests.values():
-                self._scheduler.finish(request, publish=False)
+                self._finish(request, publish=False)
             self._requests.clear()
             self.reset_prefix_cache()
             raise
 
     def _step(self) -> list[CompletionDelta]:
-        batch = self._scheduler.schedule()
+        drafts = None if self._speculator is None else self._speculator.draft(self._scheduler.decoding)
+        began = time.perf_counter()
+        batch = self._scheduler.schedule(drafts)
         if not batch:
             return []
-        began = time.perf_counter()
-        logits = self._runner.run(batch)
+        ran = time.perf_counter()
+        logits, hidden = self._runner.run(batch)
         if self._offload is not None:
-            self._offload.observe(sum(segment.num_tokens for segment in batch), time.perf_counter() - began)
-        complete = self._scheduler.commit(batch)
-        sampled = sample(logits, [request.sampling for request in complete], self.model_config.vocab_size)
-        return [self._commit(request, token) for request, token in zip(complete, sampled, strict=True)]
+            self._offload.observe(sum(segment.num_tokens for segment in batch), time.perf_counter() - ran)
+        complete, first, extensions = self._scheduler.commit(batch), 0, []
+        for segment in complete:
+            end = first + 1 + len(segment.draft.token_ids)
+            extensions.append(self._extend(segment, logits[first:end]))
+            first = end
+        if self._speculator is not None:
+            accepted = {s.request: e.accepted for s, e in zip(complete, extensions, strict=True)}
+            self._speculator.observe(batch, accepted, hidden, time.perf_counter() - began)
+        return [self._report(s.request, extension) for s, extension in zip(complete, extensions, strict=True)]
 
-    def _commit(self, request: Request, sampled: SampledToken | InvalidLogits) -> CompletionDelta:
-        """Append a sampled token, decide whether the request ends, and report."""
-        text, token_ids, logprobs = "", [], None
-        finish: FinishReason | None = None
-        stop_reason: str | int | None = None
-        if isinstance(sampled, InvalidLogits):
-            logger.error("request %s: %s", request.request_id, sampled.reason)
-            finish, stop_reason = FinishReason.ABORT, sampled.reason
-        else:
-            if request.num_computed_tokens == request.num_prefill_tokens:
-                self._scheduler.publish(request, "prompt")
-            token_ids = [sampled.token_id]
-            self._scheduler.waiting.charge(request, output=1)
-            request.token_ids.append(sampled.token_id)
-            request.sampling.append(sampled.token_id)
-            logprobs = None if sampled.logprob is None else [sampled.logprob]
-            text, finish, stop_reason = self._ending(request, sampled.token_id)
+    def _extend(self, segment: Segment, logits: Tensor) -> Extension:
+        """Append to a request's output what has been sampled, and keep what its drafts brought."""
+        request, draft = segment.request, segment.draft
+        extension = extend_output(request, logits, draft, self.model_config.vocab_size, self.eos_token_ids)
+        if request.num_computed_tokens == request.num_prefill_tokens and extension.token_ids:
+            self._scheduler.publish(request, "prompt")
+        self._scheduler.waiting.charge(request, output=len(extension.token_ids))
+        if draft.token_ids:
+            self._scheduler.accept(request, extension.accepted)
+        return extension
+
+    def _report(self, request: Request, extension: Extension) -> CompletionDelta:
+        """Return what a request gained, and free its memory if it ends."""
+        finish, stop_reason = extension.finish_reason, extension.stop_reason
         if finish is not None:
-            text += request.detokenizer.flush()
-            self._scheduler.finish(request, publish=not isinstance(sampled, InvalidLogits))
+            if finish is FinishReason.ABORT:
+                logger.error("request %s: %s", request.request_id, stop_reason)
+            self._finish(request, publish=finish is not FinishReason.ABORT)
             del self._requests[request.request_id]
         return CompletionDelta(
             request.request_id,
-            text,
-            token_ids,
-            logprobs,
+            extension.text,
+            extension.token_ids,
+            extension.logprobs,
             finish,
             stop_reason,
             request.num_prompt_tokens,
             request.num_output_tokens,
             request.num_cached_tokens,
             request.scheduled_at,
+            request.num_draft_tokens,
+            request.num_accepted_tokens,
         )
 
-    def _ending(self, request: Request, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
-        """Return the text that a new token adds, and whether and why the request ends with it."""
-        params = request.params
-        if request.num_output_tokens > params.min_tokens or not params.min_tokens:
-            if token_id in params.stop_token_ids:
-                return "", FinishReason.STOP, token_id
-            if token_id in self.eos_token_ids and not params.ignore_eos:
-                return "", FinishReason.STOP, None
-        text, stop = request.detokenizer.append([token_id])
-        if stop is not None:
-            return text, FinishReason.STOP, stop
-        if len(request.token_ids) >= request.max_len:
-            return text, FinishReason.LENGTH, None
-        return text, None, None
+    def _finish(self, request: Request, publish: bool = True) -> None:
+        self._scheduler.finish(request, publish=publish)
+        if self._speculator is not None:
+            self._speculator.drafter.forget(request)
 
     def check_integrity(self) -> None:
         """Check that memory and requests agree; for tests and for an idle server.

@@ -12,7 +12,7 @@ import torch
 
 from kvbuffer.cache.shapes import LinearShape
 from kvbuffer.ops.calibration import costs_of
-from kvbuffer.ops.cost import BUFFER_LENGTHS, KV_ONLY, Costs, FormKind, LayerShape, choose, step_seconds
+from kvbuffer.ops.cost import BUFFER_LENGTHS, KV_ONLY, Costs, Form, FormKind, LayerShape, choose, step_seconds
 from kvbuffer.ops.rule import GATED_DELTANET
 
 #: The longest buffer that is chosen on its own account: longer ones gain little and hold memory.
@@ -31,6 +31,7 @@ class FormPolicy:
         buffer_len: the user's choice; None for the cheapest of each batch.
         kv_only_len: the user's choice; None for as long as records cost less than a state, in time and in memory.
         largest_batch: requests that may decode together.
+        speculative: drafts are verified, for which there must be a buffer at any time.
 
     Attributes:
         longest_buffer: the longest buffer that is ever chosen.
@@ -38,9 +39,15 @@ class FormPolicy:
     """
 
     def __init__(
-        self, shape: LayerShape, costs: Costs, buffer_len: int | None, kv_only_len: int | None, largest_batch: int
+        self,
+        shape: LayerShape,
+        costs: Costs,
+        buffer_len: int | None,
+        kv_only_len: int | None,
+        largest_batch: int,
+        speculative: bool = False,
     ) -> None:
-        self._fixed = buffer_len
+        self._fixed, self._speculative = buffer_len, speculative
         lengths = [m for m in BUFFER_LENGTHS if m <= LONGEST_BUFFER]
 
         @cache
@@ -48,9 +55,13 @@ class FormPolicy:
             form = choose(shape, batch, 0, costs, has_state=True, buffer_lengths=lengths)
             return form.buffer_len if form.kind is FormKind.BUFFERED else 0
 
-        self._cheapest = cheapest
+        @cache
+        def cheapest_buffer(batch: int) -> int:
+            return min(lengths, key=lambda m: step_seconds(Form(FormKind.BUFFERED, m), shape, batch, 0, costs))
+
+        self._cheapest, self._cheapest_buffer = cheapest, cheapest_buffer
         sizes = {1 << n for n in range(largest_batch.bit_length())} | {largest_batch}
-        self.longest_buffer = buffer_len or max(1, *(self.buffer_len(size) for size in sizes))
+        self.longest_buffer = max(1, *(self.fold_len(size) for size in sizes))
         self.kv_only_len = _kv_only_len(shape, costs, lengths) if kv_only_len is None else kv_only_len
 
     @classmethod
@@ -62,33 +73,47 @@ class FormPolicy:
         buffer_len: int | None,
         kv_only_len: int | None,
         largest_batch: int,
+        speculative: bool = False,
     ) -> FormPolicy:
         """Make the policy for a model's linear-attention layers; the first time on a machine, this measures."""
         heads = (linear.num_key_heads, linear.num_value_heads, linear.key_head_dim, linear.value_head_dim)
         shape = LayerShape(GATED_DELTANET, *heads, state_dtype, record_dtype)
-        return cls(shape, costs_of(shape), buffer_len, kv_only_len, largest_batch)
+        return cls(shape, costs_of(shape), buffer_len, kv_only_len, largest_batch, speculative)
 
     def buffer_len(self, batch: int) -> int:
         """Return the buffer length for a batch of ``batch`` requests with states; 0 for the plain recurrence."""
         if self._fixed is not None:
             return self._fixed
-        # Batches of about the same size share one choice, so that the form does not flicker.
-        return self._cheapest(1 << (batch - 1).bit_length() if batch > 1 else 1)
+        return self._cheapest(_rounded(batch))
+
+    def fold_len(self, batch: int) -> int:
+        """Return how many records a request of such a batch has before they are folded.
+
+        It is :meth:`buffer_len`, unless the plain recurrence is cheaper and drafts are verified nonetheless.
+        """
+        length = self.buffer_len(batch)
+        return self._cheapest_buffer(_rounded(batch)) if self._speculative and not length else length
 
 
-def folds_due(overdue: npt.NDArray[np.int32], buffer_len: int) -> set[int]:
+def _rounded(batch: int) -> int:
+    """Batches of about the same size share one choice, so that the form does not flicker."""
+    return 1 << (batch - 1).bit_length() if batch > 1 else 1
+
+
+def folds_due(overdue: npt.NDArray[np.int32], buffer_len: int, num_records: int) -> set[int]:
     """Return which of the requests of a step fold: the fullest of those that are due, as many as keep pace.
 
-    B requests with buffers of m tokens have to fold B / m times a step. No more than that are let fold at once, though
-    requests that began together are due together: the time of a step stays even, and a fold is only put off.
+    Where a step writes n records, n / m buffers of m tokens have to be folded. No more than that are let fold at once,
+    though requests that began together are due together: the time of a step stays even, and a fold is only put off.
 
     Args:
         overdue: for each request of the step, by how many records its buffer is longer than it should become.
         buffer_len: m; 0 lets all fold that are due.
+        num_records: n.
     """
     due = np.flatnonzero(overdue >= 0)
     due = due[np.argsort(-overdue[due], kind="stable")]
-    return set(due[: math.ceil(len(overdue) / max(1, buffer_len))].tolist())
+    return set(due[: math.ceil(num_records / max(1, buffer_len))].tolist())
 
 
 def _kv_only_len(shape: LayerShape, costs: Costs, lengths: Sequence[int]) -> int:

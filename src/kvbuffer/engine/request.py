@@ -105,6 +105,8 @@ class CompletionDelta:
         num_output_tokens: output tokens so far, this delta's included.
         num_cached_tokens: prompt tokens whose computation was reused from the prefix cache.
         scheduled_at: when the request was first scheduled, in seconds of ``time.monotonic``.
+        num_draft_tokens: tokens drafted so far.
+        num_accepted_tokens: those of them that were accepted.
     """
 
     request_id: str
@@ -117,6 +119,8 @@ class CompletionDelta:
     num_output_tokens: int
     num_cached_tokens: int
     scheduled_at: float
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -140,6 +144,8 @@ class Request:
         num_cached_tokens: prompt tokens whose computation was reused from the prefix cache.
         branch: tokens after which the prompt leaves an earlier text.
         checkpoints: tokens after which its computation leaves a state for others.
+        num_draft_tokens: tokens drafted for it so far.
+        num_accepted_tokens: those of them that were accepted.
     """
 
     request_id: str
@@ -158,6 +164,8 @@ class Request:
     num_cached_tokens: int = 0
     branch: int = 0
     checkpoints: list[int] = field(default_factory=list)
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def num_output_tokens(self) -> int:

@@ -28,27 +28,39 @@ class Runner:
         model: the decoder.
         caches: its layers' memory.
         memory: which of it belongs to whom.
+        needs_hidden: whether steps return the hidden states.
     """
 
-    def __init__(self, model: Decoder, caches: list[LinearCache | AttentionCache], memory: RequestMemory) -> None:
-        self.model, self.caches, self.memory = model, caches, memory
+    def __init__(
+        self,
+        model: Decoder,
+        caches: list[LinearCache | AttentionCache],
+        memory: RequestMemory,
+        needs_hidden: bool = False,
+    ) -> None:
+        self.model, self.caches, self.memory, self.needs_hidden = model, caches, memory, needs_hidden
 
     def do_memory_work(self) -> None:
         """Do the copies and folds that memory has noted."""
         work, self.memory.work = self.memory.work, []
         do_work(work, self.caches)
 
-    def run(self, batch: Sequence[Segment]) -> Tensor:
+    def run(self, batch: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
         """Compute the scheduled tokens.
 
         Args:
             batch: at least one segment, sorted by form; a request's segments in the order of its tokens.
 
         Returns:
-            Logits [R, vocab_size] of the requests whose known tokens are now all computed, in the batch's order.
+            Logits [R, vocab_size] after the last known token, and after each token of its draft, of the requests whose
+            known tokens are now all computed, in the batch's order. Hidden states [N, hidden_size] of all tokens after
+            the final norm; None unless needed.
         """
         self.do_memory_work()
-        return self.model.forward(self._inputs(batch), self.caches)
+        inputs = self._inputs(batch)
+        if self.needs_hidden:
+            return self.model.forward_with_hidden(inputs, self.caches)
+        return self.model.forward(inputs, self.caches), None
 
     def _inputs(self, batch: Sequence[Segment]) -> ModelInputs:
         memory = self.memory
@@ -58,30 +70,30 @@ class Runner:
         borders = np.zeros(len(batch) + 1, np.int32)
         np.cumsum(counts, out=borders[1:])
         token_ids = itertools.chain.from_iterable(
-            segment.request.token_ids[begin : begin + segment.num_tokens]
+            itertools.chain(segment.request.token_ids[begin : begin + segment.num_tokens], segment.draft.token_ids)
             for segment, begin in zip(batch, context, strict=True)
         )
-        # Position of a token = context of its segment + its place in it.
-        positions = np.arange(borders[-1], dtype=np.int32) + np.repeat(context - borders[:-1], counts)
-        known = np.fromiter((len(segment.request.token_ids) for segment in batch), np.int32, len(batch))
+        # Where a token lies among its request's = context of its segment + its place in it.
+        slots = np.arange(borders[-1], dtype=np.int32) + np.repeat(context - borders[:-1], counts)
+        last = np.fromiter((len(segment.request.token_ids) for segment in batch), np.int32, len(batch)) - 1
         pages = attention_pages(int((context + counts).max()))
         return ModelInputs(
             token_ids=torch.from_numpy(np.fromiter(token_ids, np.int64, borders[-1])),
-            positions=torch.from_numpy(positions),
+            positions=torch.from_numpy(slots),
             cu_seqlens=torch.from_numpy(borders),
             context_lens=torch.from_numpy(context),
             attention_page_table=torch.from_numpy(memory.attention_table[rows, :pages]),
             rings=torch.from_numpy(memory.ring[rows]),
-            logits_rows=torch.from_numpy(borders[1:][context + counts == known] - 1).long(),
+            logits_rows=torch.from_numpy(np.flatnonzero(slots >= np.repeat(last, counts))),
             sections=tuple(self._sections(batch, rows, context, fill, borders)),
         )
 
     def _cursors(self, batch: Sequence[Segment], rows: Int32) -> tuple[Int32, Int32]:
         """Return the tokens and the records before each segment, those of the same step included."""
         context = np.fromiter((segment.request.num_computed_tokens for segment in batch), np.int32, len(batch))
-        if batch[-1].form is LinearForm.APPENDED:
+        chunks = {s.request.request_id: s.num_tokens for s in batch if s.form is LinearForm.CHUNKED}
+        if chunks:
             # The end of a prompt whose beginning is in this step, too.
-            chunks = {s.request.request_id: s.num_tokens for s in batch if s.form is LinearForm.CHUNKED}
             for i, segment in enumerate(batch):
                 if segment.form is LinearForm.APPENDED:
                     context[i] += chunks.get(segment.request.request_id, 0)

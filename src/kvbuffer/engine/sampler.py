@@ -14,7 +14,6 @@ top-k and sort. A few large logits decide almost every draw: no full sort is mad
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,24 +51,17 @@ class InvalidLogits:
     reason: str
 
 
-def sample(
-    logits: torch.Tensor, states: Sequence[SamplingState], vocab_size: int
-) -> list[SampledToken | InvalidLogits]:
-    """Choose one token for each row. The logits and the states are not modified.
+def sample_row(logits: torch.Tensor, state: SamplingState, vocab_size: int) -> SampledToken | InvalidLogits:
+    """Choose one token. The logits and the state are not modified.
 
     Args:
-        logits: [R, V], any float dtype; V may exceed ``vocab_size``.
-        states: R states; row i is sampled for ``states[i]`` at its ``num_output_tokens``.
+        logits: [V] on the CPU, any float dtype; V may exceed ``vocab_size``.
+        state: whose token it is, the one at ``num_output_tokens``.
         vocab_size: ids at and above it are padding of the model's vocabulary and are never chosen.
 
     Returns:
-        R results; :class:`InvalidLogits` where a row holds NaN or infinity, or no token with finite logit.
+        The token; :class:`InvalidLogits` if the row holds NaN or infinity, or no token with finite logit.
     """
-    logits = logits.cpu()
-    return [_sample_row(row, state, vocab_size) for row, state in zip(logits, states, strict=True)]
-
-
-def _sample_row(logits: torch.Tensor, state: SamplingState, vocab_size: int) -> SampledToken | InvalidLogits:
     whole = _float32(logits)
     raw = whole[:vocab_size]
     token_id = int(raw.argmax())  # the lowest id among equals; NaN counts as largest

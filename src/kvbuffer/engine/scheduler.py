@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from kvbuffer.cache.prefix_tree import Origin
 from kvbuffer.engine.forms import FormPolicy, folds_due
 from kvbuffer.engine.queue import WaitingQueue
 from kvbuffer.engine.request import Request
+from kvbuffer.engine.speculative.drafter import NO_DRAFT, Draft
 from kvbuffer.models.inputs import LinearForm
 from kvbuffer.ops.chunked import CHUNK
 
@@ -37,15 +38,17 @@ class Segment(NamedTuple):
 
     Attributes:
         request: whose tokens.
-        num_tokens: how many.
+        num_tokens: how many, drafts included.
         form: how the linear-attention layers compute them.
         fold: the records of before are folded into the state first.
+        draft: guesses of what follows the last known token, which is then the only other one.
     """
 
     request: Request
     num_tokens: int
     form: LinearForm
     fold: bool = False
+    draft: Draft = NO_DRAFT
 
 
 class Scheduler:
@@ -84,18 +87,27 @@ class Scheduler:
         """Queue a request; raise :class:`~kvbuffer.errors.QueueFullError` if too many wait."""
         self.waiting.push(request)
 
-    def schedule(self) -> list[Segment]:
-        """Return the next step, sorted by form. Memory is taken for all of it."""
-        batch = self._schedule()
+    @property
+    def decoding(self) -> list[Request]:
+        """Running requests all of whose tokens but the last are computed, unless they have just been admitted."""
+        return [request for request in self.running if not request.is_prefilling]
+
+    def schedule(self, drafts: Mapping[Request, Draft] | None = None) -> list[Segment]:
+        """Return the next step, sorted by form. Memory is taken for all of it.
+
+        Args:
+            drafts: guesses for decoding requests; they are left out where memory is short.
+        """
+        batch = self._schedule(drafts or {})
         if not batch and len(self.waiting) and not self.running and self.memory.prefixes is not None:
             # What keeps the next request from starting can only be prefixes that are pinned.
             self.memory.prefixes.unpin()
-            batch = self._schedule()
+            batch = self._schedule({})
         return batch
 
-    def _schedule(self) -> list[Segment]:
-        batch = list(self._decodes())
-        budget = max(CHUNK, self.max_num_batched_tokens - len(batch))
+    def _schedule(self, drafts: Mapping[Request, Draft]) -> list[Segment]:
+        batch = list(self._decodes(drafts))
+        budget = max(CHUNK, self.max_num_batched_tokens - sum(segment.num_tokens for segment in batch))
         for request in self._prefilling():
             segments = self._prefill(request, budget)
             if not segments:
@@ -104,26 +116,39 @@ class Scheduler:
             budget -= sum(segment.num_tokens for segment in segments)
         return sorted(batch, key=lambda segment: segment.form)
 
-    def commit(self, batch: list[Segment]) -> list[Request]:
-        """Move the cursors of a step that has been computed.
+    def commit(self, batch: list[Segment]) -> list[Segment]:
+        """Move the cursors of a step that has been computed, over the tokens that were known.
 
         Returns:
-            The requests whose known tokens are now all computed, in the order of the segments that completed them.
+            The segments after which all known tokens of their requests are computed, in order.
         """
         complete = []
-        for request, num_tokens, form, fold in batch:
+        for segment in batch:
+            request, form = segment.request, segment.form
+            num_tokens = segment.num_tokens - len(segment.draft.token_ids)
             assert request.row is not None
             request.num_computed_tokens += num_tokens
-            if fold:
+            if segment.fold:
                 self.memory.folded(request.row)
                 self.num_folds += 1
-            elif form in (LinearForm.BUFFERED, LinearForm.APPENDED):
+            elif form in (LinearForm.BUFFERED, LinearForm.APPENDED, LinearForm.VERIFIED):
                 self.memory.fill[request.row] += num_tokens
             if request.num_computed_tokens == len(request.token_ids):
-                complete.append(request)
+                complete.append(segment)
         for request in {segment.request for segment in batch if segment.form is LinearForm.CHUNKED}:
             self._leave_checkpoint(request)
         return complete
+
+    def accept(self, request: Request, accepted: Sequence[int]) -> None:
+        """Move a request's cursor over the drafts that were accepted, whose tokens it has been given.
+
+        Args:
+            request: one whose draft has just been verified.
+            accepted: which of the draft's tokens, a path from the known token.
+        """
+        assert request.row is not None
+        request.num_computed_tokens += len(accepted)
+        self.memory.accept(request.row, request.num_computed_tokens, len(accepted))
 
     def finish(self, request: Request, *, publish: bool = True) -> None:
         """Forget a request and free its memory; what it computed is kept for later requests while there is room.
@@ -160,31 +185,39 @@ class Scheduler:
             self.publish(request, "branch" if at_branch else "chunk")
         request.checkpoints = [position for position in request.checkpoints if position > computed]
 
-    def _decodes(self) -> Iterator[Segment]:
+    def _decodes(self, drafts: Mapping[Request, Draft]) -> Iterator[Segment]:
         """Take memory for the next token of every decoding request, oldest first; preempt the youngest if need be."""
-        decoding = [request for request in self.running if not request.is_prefilling]
+        decoding = self.decoding
         rows = np.array([request.row for request in decoding], np.int32)
-        buffer_len = self.forms.buffer_len(int(np.count_nonzero(self.memory.slot[rows] >= 0)))
-        limits = np.where(self.memory.slot[rows] >= 0, buffer_len, self.forms.kv_only_len)
-        due = folds_due(self.memory.fill[rows] - limits, buffer_len)
+        num_states = int(np.count_nonzero(self.memory.slot[rows] >= 0))
+        recurrent, fold_len = self.forms.buffer_len(num_states) == 0, self.forms.fold_len(num_states)
+        limits = np.where(self.memory.slot[rows] >= 0, fold_len, self.forms.kv_only_len)
+        num_records = len(decoding) + sum(len(draft.token_ids) for draft in drafts.values())
+        due = folds_due(self.memory.fill[rows] - limits, fold_len, num_records)
         for i, request in enumerate(decoding):
-            segment = None
+            segment, draft = None, drafts.get(request, NO_DRAFT)
             while request.row is not None and segment is None:
-                segment = self._decode(request, buffer_len == 0, i in due)
+                segment = self._decode(request, recurrent, i in due, draft)
+                if segment is None and draft.token_ids:
+                    draft = NO_DRAFT
+                    continue
                 if segment is None:
                     self._preempt(self.running[-1])
             if segment is not None:
                 yield segment
 
-    def _decode(self, request: Request, recurrent: bool, due: bool) -> Segment | None:
-        """Take memory for one token of a request; None if there is too little."""
-        memory, row, tokens = self.memory, request.row, len(request.token_ids)
+    def _decode(self, request: Request, recurrent: bool, due: bool, draft: Draft) -> Segment | None:
+        """Take memory for one token of a request and its draft; None if there is too little."""
+        memory, row, num_drafts = self.memory, request.row, len(draft.token_ids)
         assert row is not None
+        tokens, records = len(request.token_ids) + num_drafts, 1 + num_drafts
         fill, has_state = int(memory.fill[row]), memory.slot[row] >= 0
-        recurrent, due = recurrent and has_state, due and fill > 0
-        if due and not recurrent and memory.folds_in_place(row):
+        due = due and fill > 0
+        # Records that verification has left are folded when that is due, not at once.
+        recurrent = recurrent and has_state and not num_drafts and (due or not fill)
+        if due and not (recurrent or num_drafts) and memory.folds_in_place(row):
             return Segment(request, 1, LinearForm.BUFFERED, True) if memory.extend(row, tokens, fill) else None
-        full = fill >= memory.plan.max_records
+        full = fill + records > memory.plan.max_records
         if due or recurrent or full:
             if memory.own_state(row):
                 self.num_folds += fill > 0
@@ -193,14 +226,15 @@ class Scheduler:
                 return None
         if recurrent and not fill:
             return Segment(request, 1, LinearForm.RECURRENT) if memory.extend(row, tokens, 0) else None
-        if not memory.extend(row, tokens, fill + 1):
+        if not memory.extend(row, tokens, fill + records):
             # If it is record pages that have run short, a fold makes room.
             if not (fill and memory.own_state(row)):
                 return None
             self.num_folds += 1
-            if not memory.extend(row, tokens, 1):
+            if not memory.extend(row, tokens, records):
                 return None
-        return Segment(request, 1, LinearForm.BUFFERED)
+        form = LinearForm.VERIFIED if num_drafts else LinearForm.BUFFERED
+        return Segment(request, records, form, draft=draft)
 
     def _prefilling(self) -> Iterator[Request]:
         """Yield running requests that prefill, then waiting ones for as long as the next one can be admitted."""

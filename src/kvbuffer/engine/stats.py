@@ -9,6 +9,7 @@ from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.pools import POOL_KINDS, PoolKind
 from kvbuffer.cache.prefix import PrefixCounters
 from kvbuffer.engine.scheduler import Scheduler
+from kvbuffer.engine.speculative.speculator import SpeculativeStats, Speculator
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class EngineStats:
         pools: the blocks, by kind.
         prefixes: what the prefix cache was asked and had.
         disk: the second tier; None without one.
+        speculative: what became of drafts; None without speculation.
     """
 
     num_running: int = 0
@@ -51,9 +53,12 @@ class EngineStats:
     pools: dict[PoolKind, PoolStats] = field(default_factory=dict)
     prefixes: PrefixCounters = field(default_factory=PrefixCounters)
     disk: DiskStats | None = None
+    speculative: SpeculativeStats | None = None
 
 
-def read_stats(scheduler: Scheduler, memory: RequestMemory, disk: DiskStats | None) -> EngineStats:
+def read_stats(
+    scheduler: Scheduler, memory: RequestMemory, speculator: Speculator | None, disk: DiskStats | None
+) -> EngineStats:
     """Return the counters and pools as they are now; may be called from any thread."""
     return EngineStats(
         num_running=len(scheduler.running),
@@ -65,6 +70,7 @@ def read_stats(scheduler: Scheduler, memory: RequestMemory, disk: DiskStats | No
         pools={kind: _pool_stats(memory, kind) for kind in POOL_KINDS},
         prefixes=PrefixCounters() if memory.prefixes is None else memory.prefixes.counters,
         disk=disk,
+        speculative=None if speculator is None else speculator.stats,
     )
 
 

@@ -24,6 +24,7 @@ from kvbuffer.models.layers import (
 )
 from kvbuffer.models.weights import WeightReader
 from kvbuffer.ops.linear import Linear
+from kvbuffer.ops.norm import add_rms_norm
 
 LAYOUTS = {"qwen3_next": qwen3_next, "qwen3_5": qwen3_5}
 
@@ -102,11 +103,28 @@ class Decoder:
         Returns:
             Logits of the rows asked for, [R, vocab_size] float32.
         """
+        x, residual = self._layers(inputs, caches)
+        rows = inputs.logits_rows
+        return self.lm_head.of_add_rms_norm(x[rows], residual[rows], self.norm, self.config.rms_norm_eps)
+
+    @torch.inference_mode()
+    def forward_with_hidden(
+        self, inputs: ModelInputs, caches: list[LinearCache | AttentionCache]
+    ) -> tuple[Tensor, Tensor]:
+        """Run one ragged batch as :meth:`forward` does; return the hidden states after the final norm, too.
+
+        Returns:
+            Logits of the rows asked for, [R, vocab_size], and hidden states of all tokens, [N, hidden_size]; float32.
+        """
+        hidden = add_rms_norm(*self._layers(inputs, caches), self.norm, self.config.rms_norm_eps)
+        return self.lm_head(hidden[inputs.logits_rows]), hidden
+
+    def _layers(self, inputs: ModelInputs, caches: list[LinearCache | AttentionCache]) -> tuple[Tensor, Tensor]:
+        """Return the last layer's output, and the residual stream that it is still to be added to."""
         residual = F.embedding(inputs.token_ids, self.embedding).float()
         x: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer.mixer.forward(x, residual, inputs, cache)  # type: ignore[arg-type]  # a layer gets its kind of cache
             x = layer.mlp.forward(x, residual)
         assert x is not None
-        rows = inputs.logits_rows
-        return self.lm_head.of_add_rms_norm(x[rows], residual[rows], self.norm, self.config.rms_norm_eps)
+        return x, residual

@@ -22,6 +22,8 @@ class LinearForm(IntEnum):
     """Tokens of a prompt, into the state."""
     APPENDED = 3
     """Any number of tokens, whose records are appended: the end of a prompt, or a whole one without a state."""
+    VERIFIED = 4
+    """A token and drafts of what follows it, whose records are appended; those of rejected drafts are overwritten."""
 
 
 @dataclass(frozen=True)

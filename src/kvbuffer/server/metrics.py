@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from kvbuffer.cache.pools import PoolKind
 from kvbuffer.engine.async_engine import AsyncEngine
 from kvbuffer.engine.request_metrics import Histogram
+from kvbuffer.engine.speculative.speculator import SpeculativeStats
 
 # Metric name, help, attribute of EngineStats.
 _GAUGES = (
@@ -36,6 +37,14 @@ _DISK_COUNTERS = (
     ("disk_cache_loaded", "Prefixes read from the cache directory.", "loaded"),
     ("disk_cache_dropped", "Prefixes not written because writing could not keep up, or was off.", "dropped"),
     ("disk_cache_damaged", "Files of the cache directory that turned out unusable.", "damaged"),
+)
+# Metric name, help, attribute of SpeculativeStats.
+_SPECULATIVE_COUNTERS = (
+    ("spec_decode_num_drafts", "Drafts verified.", "num_drafts"),
+    ("spec_decode_num_draft_tokens", "Tokens in them.", "num_draft_tokens"),
+    ("spec_decode_num_accepted_tokens", "Tokens of them that were accepted.", "num_accepted_tokens"),
+    ("spec_decode_draft_seconds", "Time spent drafting.", "draft_seconds"),
+    ("spec_decode_verify_seconds", "Time of the steps that verified drafts.", "verify_seconds"),
 )
 # Metric name, help, attribute of RequestMetrics.
 _HISTOGRAMS = (
@@ -98,6 +107,12 @@ class EngineCollector(Collector):
             totals += [
                 (name, help_text, getattr(stats.disk, attribute)) for name, help_text, attribute in _DISK_COUNTERS
             ]
+        if stats.speculative is not None:
+            totals += [
+                (name, help_text, getattr(stats.speculative, attribute))
+                for name, help_text, attribute in _SPECULATIVE_COUNTERS
+            ]
+            yield _accepted_per_position(stats.speculative, self._model_name)
         totals.append(("prompt_tokens", "Prompt tokens processed.", metrics.prompt_tokens))
         totals.append(("generation_tokens", "Tokens generated.", metrics.generation_tokens))
         for name, help_text, total in totals:
@@ -122,6 +137,17 @@ class EngineCollector(Collector):
         yield rejected
         for name, help_text, attribute in _HISTOGRAMS:
             yield _histogram_family(name, help_text, self._model_name, getattr(metrics, attribute))
+
+
+def _accepted_per_position(stats: SpeculativeStats, model_name: str) -> CounterMetricFamily:
+    family = CounterMetricFamily(
+        "kvbuffer:spec_decode_num_accepted_tokens_per_pos",
+        "Drafts of which so many tokens and one more were accepted.",
+        labels=["model_name", "position"],
+    )
+    for position, count in enumerate(stats.num_accepted_tokens_per_pos):
+        family.add_metric([model_name, str(position)], count)
+    return family
 
 
 def _histogram_family(name: str, help_text: str, model_name: str, histogram: Histogram) -> HistogramMetricFamily:

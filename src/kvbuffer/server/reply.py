@@ -129,13 +129,21 @@ class Reply(ABC):
         """Return the tokens so far; a prompt counts once, however many choices it has."""
         prompts = [last for last in self._last[:: self._choices_per_prompt] if last is not None]
         prompt_tokens = sum(last.num_prompt_tokens for last in prompts)
-        completion_tokens = sum(last.num_output_tokens for last in self._last if last is not None)
-        return {
+        choices = [last for last in self._last if last is not None]
+        completion_tokens = sum(last.num_output_tokens for last in choices)
+        accepted = sum(last.num_accepted_tokens for last in choices)
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(last.num_cached_tokens for last in prompts)},
         }
+        if drafted := sum(last.num_draft_tokens for last in choices):
+            usage["completion_tokens_details"] = {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": drafted - accepted,
+            }
+        return usage
 
     def _account(self, delta: CompletionDelta) -> int:
         """Remember the delta as its choice's last one and return the choice's index.

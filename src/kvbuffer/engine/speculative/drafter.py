@@ -30,6 +30,14 @@ class Draft(NamedTuple):
     token_ids: list[int]
     parents: list[int] | None = None
 
+    def child(self, place: int, token_id: int) -> int | None:
+        """Return the place of the guess ``token_id`` that follows the guess at ``place`` (-1: the known token)."""
+        if self.parents is None:
+            follows = place + 1 < len(self.token_ids) and self.token_ids[place + 1] == token_id
+            return place + 1 if follows else None
+        nodes = zip(self.token_ids, self.parents, strict=True)
+        return next((i for i, node in enumerate(nodes) if node == (token_id, place)), None)
+
 
 #: Nothing to propose.
 NO_DRAFT = Draft([])

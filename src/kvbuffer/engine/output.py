@@ -1,0 +1,92 @@
+"""What a step's logits add to a request's output: tokens, one after the other, until one is no draft or the last."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvbuffer.engine.request import FinishReason, Request, TokenLogprob
+from kvbuffer.engine.sampler import InvalidLogits, sample_row
+from kvbuffer.engine.speculative.drafter import Draft
+
+
+class Extension(NamedTuple):
+    """What a request's output gained.
+
+    Attributes:
+        text: new text.
+        token_ids: new tokens.
+        logprobs: one entry per new token, or None when not asked for.
+        finish_reason: why the request ends, or None if it goes on.
+        stop_reason: the stop string or stop token id that matched; for ABORT what was wrong.
+        accepted: which of the draft's tokens are among the new ones and have been computed: a path from the last token
+            that was known.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    accepted: list[int]
+
+
+def extend_output(
+    request: Request, logits: Tensor, draft: Draft, vocab_size: int, eos_token_ids: Collection[int]
+) -> Extension:
+    """Sample a token; while it is one that was drafted, go on behind it.
+
+    Every token is sampled from the model's logits as it would have been without drafts, penalties and endings included,
+    so drafts change neither the distribution nor what a seed gives; see :mod:`kvbuffer.engine.speculative.drafter`.
+
+    Args:
+        request: a request whose known tokens are all computed; the new ones are appended.
+        logits: [1 + D, V] float32, after the last known token and after each token of the draft.
+        draft: D tokens.
+        vocab_size: ids at and above it are never chosen.
+        eos_token_ids: tokens that end a request unless it ignores them.
+    """
+    texts, token_ids, logprobs, accepted, place = [], [], [], [], -1
+    finish: FinishReason | None = None
+    stop_reason: str | int | None = None
+    while finish is None:
+        sampled = sample_row(logits[1 + place], request.sampling, vocab_size)
+        if isinstance(sampled, InvalidLogits):
+            finish, stop_reason = FinishReason.ABORT, sampled.reason
+            break
+        request.token_ids.append(sampled.token_id)
+        request.sampling.append(sampled.token_id)
+        token_ids.append(sampled.token_id)
+        if sampled.logprob is not None:
+            logprobs.append(sampled.logprob)
+        text, finish, stop_reason = _ending(request, sampled.token_id, eos_token_ids)
+        texts.append(text)
+        child = draft.child(place, sampled.token_id)
+        if finish is not None or child is None:
+            break
+        accepted.append(child)
+        place = child
+    if finish is not None:
+        texts.append(request.detokenizer.flush())
+    wants_logprobs = request.params.logprobs is not None
+    return Extension("".join(texts), token_ids, logprobs if wants_logprobs else None, finish, stop_reason, accepted)
+
+
+def _ending(
+    request: Request, token_id: int, eos_token_ids: Collection[int]
+) -> tuple[str, FinishReason | None, str | int | None]:
+    """Return the text that a new token adds, and whether and why the request ends with it."""
+    params = request.params
+    if request.num_output_tokens > params.min_tokens or not params.min_tokens:
+        if token_id in params.stop_token_ids:
+            return "", FinishReason.STOP, token_id
+        if token_id in eos_token_ids and not params.ignore_eos:
+            return "", FinishReason.STOP, None
+    text, stop = request.detokenizer.append([token_id])
+    if stop is not None:
+        return text, FinishReason.STOP, stop
+    if len(request.token_ids) >= request.max_len:
+        return text, FinishReason.LENGTH, None
+    return text, None, None
