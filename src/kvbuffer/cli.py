@@ -18,6 +18,7 @@ from kvbuffer.cli_options import (
     BufferLen,
     CacheDir,
     CacheDirSize,
+    CqilFile,
     Dtype,
     DtypeOption,
     KvOnlyLen,
@@ -80,6 +81,7 @@ def serve(
     speculative_config: SpeculativeConfigOption = None,
     cache_dir: CacheDir = None,
     cache_dir_size: CacheDirSize = defaults.CACHE_DIR_BYTES,
+    cqil: CqilFile = None,
     threads: Threads = None,
     chat_template: Annotated[
         Path | None,
@@ -121,6 +123,7 @@ def serve(
         speculative_config=speculative_config,
         cache_dir=cache_dir,
         cache_dir_bytes=cache_dir_size,
+        cqil=cqil,
         threads=threads,
     )
     print(engine.plan.describe())
@@ -160,6 +163,7 @@ def generate(
     dtype: DtypeOption = Dtype.AUTO,
     memory: Memory = None,
     buffer_len: BufferLen = None,
+    cqil: CqilFile = None,
     threads: Threads = None,
     speculative_config: SpeculativeConfigOption = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
@@ -168,7 +172,7 @@ def generate(
     if prompt is None:
         prompt = sys.stdin.read()
     engine = load_engine(
-        model=model, dtype=dtype.value, memory=memory, buffer_len=buffer_len, threads=threads,
+        model=model, dtype=dtype.value, memory=memory, buffer_len=buffer_len, cqil=cqil, threads=threads,
         speculative_config=speculative_config,
     )  # fmt: skip
     params = local_sampling_params(engine, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -115,5 +115,9 @@ CacheDir = Annotated[
     ),
 ]
 CacheDirSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Most bytes in --cache-dir.")]
+CqilFile = Annotated[
+    Path | None,
+    typer.Option("--cqil", dir_okay=False, help="Plan of the layers to compute at once; see 'kvbuffer cqil plan'."),
+]
 PrefixCaching = Annotated[bool, typer.Option(help="Reuse what earlier requests with the same beginning computed.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")]

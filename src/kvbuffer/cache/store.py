@@ -16,7 +16,7 @@ from kvbuffer.ops.rule import GATED_DELTANET
 
 
 class LinearCache(NamedTuple):
-    """Memory of one linear-attention layer.
+    """Memory of one linear-attention layer, or of a group of them with all their heads.
 
     Attributes:
         states: in the plan's state dtype.
@@ -30,7 +30,7 @@ class LinearCache(NamedTuple):
 
 
 class AttentionCache(NamedTuple):
-    """Memory of one full-attention layer.
+    """Memory of one full-attention layer, or of a group of them with all their heads.
 
     Attributes:
         pages: [num_pages, 2, HKV, PAGE_SIZE, D] in the model dtype.
@@ -40,14 +40,17 @@ class AttentionCache(NamedTuple):
 
 
 def allocate(shape: CacheShape, plan: MemoryPlan) -> list[LinearCache | AttentionCache]:
-    """Return the memory of every layer, uninitialised: pages of the operating system are touched only when used."""
-    linear = shape.linear
+    """Return the memory of every layer or group, in the order of ``shape.units``.
+
+    It is uninitialised: pages of the operating system are touched only when used.
+    """
     caches: list[LinearCache | AttentionCache] = []
-    for kind in shape.layer_types:
-        if kind == "full_attention":
-            size = (plan.num_attention_pages, 2, shape.num_kv_heads, PAGE_SIZE, shape.head_dim)
+    for unit in shape.units:
+        if shape.layer_types[unit[0]] == "full_attention":
+            size = (plan.num_attention_pages, 2, len(unit) * shape.num_kv_heads, PAGE_SIZE, shape.head_dim)
             caches.append(AttentionCache(memory.empty(*size, dtype=plan.dtype)))
             continue
+        linear = shape.linear.repeated(len(unit))
         heads = (linear.num_value_heads, linear.key_head_dim, linear.value_head_dim)
         caches.append(
             LinearCache(

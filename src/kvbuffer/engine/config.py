@@ -43,6 +43,7 @@ class EngineConfig:
             for not at all.
         cache_dir: folder for cached prefixes that memory has no room for, and for all of them across a restart.
         cache_dir_bytes: most bytes in it.
+        cqil: plan of the layers that are computed at once (see :mod:`kvbuffer.cqil.plan`).
         threads: CPU threads; PyTorch's choice by default.
         show_progress: draw a progress bar while loading.
 
@@ -66,6 +67,7 @@ class EngineConfig:
     speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None
     cache_dir: Path | None = None
     cache_dir_bytes: int = defaults.CACHE_DIR_BYTES
+    cqil: Path | None = None
     threads: int | None = None
     show_progress: bool = True
 

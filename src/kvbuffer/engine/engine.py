@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -16,6 +17,7 @@ from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.offload import Offload
 from kvbuffer.cache.plan import MemoryPlan, default_budget, plan_memory
 from kvbuffer.cache.store import allocate
+from kvbuffer.cqil.plan import NO_GROUPS, CqilPlan
 from kvbuffer.engine.config import DTYPES, STATE_DTYPES, EngineConfig
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
 from kvbuffer.engine.forms import FormPolicy
@@ -68,16 +70,21 @@ class Engine:
         if generation.get("do_sample") is False:
             self.generation_defaults = {"temperature": 0.0}
         self.eos_token_ids = _eos_token_ids(generation, model_config, tokenizer)
-        self._model = Decoder(folder, model_config, plan.dtype, plan.max_model_len, config.show_progress)
+        cqil = NO_GROUPS if config.cqil is None else CqilPlan.load(config.cqil)
+        if config.cqil is not None:
+            cqil.check(folder, model_config)
+        self._model = Decoder(
+            folder, model_config, plan.dtype, plan.max_model_len, config.show_progress, cqil.groups, cqil.bypass
+        )
         self._memory = RequestMemory(plan, config.enable_prefix_caching)
-        caches = allocate(model_config.cache_shape, plan)
+        caches = allocate(dataclasses.replace(model_config.cache_shape, groups=cqil.groups), plan)
         speculative = config.speculative
         self._speculator = None if speculative is None else Speculator(speculative, make_drafter(speculative))
         needs_hidden = self._speculator is not None and self._speculator.drafter.needs_hidden
         self._runner = Runner(self._model, caches, self._memory, needs_hidden)
         self._offload: Offload | None = None
         if config.cache_dir is not None and self._memory.prefixes is not None:
-            tier = DiskTier(config.cache_dir, config.cache_dir_bytes, fingerprint(folder, caches))
+            tier = DiskTier(config.cache_dir, config.cache_dir_bytes, fingerprint(folder, caches, cqil.identity))
             self._offload = Offload(self._memory, self._memory.prefixes, caches, tier)
         self._scheduler = Scheduler(self._memory, forms, config.max_num_batched_tokens, config.max_queue_len)
         self._requests: dict[str, Request] = {}
@@ -88,6 +95,7 @@ class Engine:
 
         Raises:
             ModelError: the checkpoint is missing, broken or of an unsupported kind.
+            ConfigError: the CQIL plan does not fit it.
             CapacityError: the memory budget is too small.
         """
         if config.threads is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,15 @@ class ModelConfig:
     def num_layers(self) -> int:
         """Decoder layers."""
         return len(self.layer_types)
+
+    def repeated(self, count: int) -> ModelConfig:
+        """Return the configuration whose layers have the heads of ``count`` of these side by side."""
+        return replace(
+            self,
+            linear=self.linear.repeated(count),
+            num_heads=count * self.num_heads,
+            num_kv_heads=count * self.num_kv_heads,
+        )
 
     @property
     def cache_shape(self) -> CacheShape:

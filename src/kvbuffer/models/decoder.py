@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,19 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvbuffer.cache.shapes import run_order
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.models import qwen3_5, qwen3_next
 from kvbuffer.models.config import ModelConfig
+from kvbuffer.models.group import LayerGroup, read_group
 from kvbuffer.models.inputs import ModelInputs
-from kvbuffer.models.layers import (
-    DenseMlp,
-    GatedAttention,
-    GatedDeltaNet,
-    Mlp,
-    RotaryTable,
-    SparseMoe,
-    zero_centred,
-)
+from kvbuffer.models.layers import GatedAttention, GatedDeltaNet, Mlp, RotaryTable, read_mlp, zero_centred
 from kvbuffer.models.weights import WeightReader
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.norm import add_rms_norm
@@ -35,6 +30,13 @@ class DecoderLayer(NamedTuple):
     mixer: GatedDeltaNet | GatedAttention
     mlp: Mlp
 
+    def forward(
+        self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: LinearCache | AttentionCache
+    ) -> Tensor:
+        """Map [N, hidden] to [N, hidden]: add ``x`` to ``residual`` in place, return what is still to be added."""
+        x = self.mixer.forward(x, residual, inputs, cache)  # type: ignore[arg-type]  # a layer gets its kind of cache
+        return self.mlp.forward(x, residual)
+
 
 class Decoder:
     """A hybrid decoder with its weights packed for this machine.
@@ -45,6 +47,8 @@ class Decoder:
         dtype: of the weights, float32 or bfloat16. Activations are float32 either way.
         max_model_len: positions for which rotary tables are made.
         show_progress: draw a progress bar while loading.
+        groups: layers that are computed at once, of one type each; see :mod:`kvbuffer.models.group`.
+        bypass: how many layers back the MLPs of a group see.
 
     Raises:
         ModelError: the weights do not fit the configuration.
@@ -57,6 +61,8 @@ class Decoder:
         dtype: torch.dtype,
         max_model_len: int,
         show_progress: bool = True,
+        groups: Sequence[tuple[int, ...]] = (),
+        bypass: int = 0,
     ) -> None:
         self.config, self.dtype = config, dtype
         layout = LAYOUTS[config.layout]
@@ -65,7 +71,10 @@ class Decoder:
             prefix = layout.prefix(reader)
             rotary = RotaryTable(config, max_model_len)
             self.embedding = reader.take(f"{prefix}embed_tokens.weight", config.vocab_size, config.hidden_size)
-            self.layers = [self._layer(reader, f"{prefix}layers.{i}.", i, rotary) for i in range(config.num_layers)]
+            self.layers = [
+                self._unit(reader, f"{prefix}layers.", unit, rotary, bypass)
+                for unit in run_order(config.num_layers, groups)
+            ]
             self.norm = zero_centred(reader, f"{prefix}norm.weight", config.hidden_size)
             tied = config.tie_word_embeddings and "lm_head.weight" not in reader
             head = self.embedding if tied else reader.take("lm_head.weight", *self.embedding.shape)
@@ -74,23 +83,23 @@ class Decoder:
         finally:
             reader.close()
 
-    def _layer(self, reader: WeightReader, prefix: str, index: int, rotary: RotaryTable) -> DecoderLayer:
-        config = self.config
+    def _unit(
+        self, reader: WeightReader, layers: str, indices: tuple[int, ...], rotary: RotaryTable, bypass: int
+    ) -> DecoderLayer | LayerGroup:
+        config, layout = self.config, LAYOUTS[self.config.layout]
+        if len(indices) > 1:
+            return read_group(reader, layers, indices, config, layout.in_proj, rotary, bypass)
+        index, prefix = indices[0], f"{layers}{indices[0]}."
         input_norm = zero_centred(reader, f"{prefix}input_layernorm.weight", config.hidden_size)
         mixer: GatedDeltaNet | GatedAttention
         if config.layer_types[index] == "linear_attention":
             name = f"{prefix}linear_attn."
-            weight = LAYOUTS[config.layout].in_proj(reader, name, config.linear, config.hidden_size)
+            weight = layout.in_proj(reader, name, config.linear, config.hidden_size)
             mixer = GatedDeltaNet(reader, name, config, input_norm, weight)
         else:
             mixer = GatedAttention(reader, f"{prefix}self_attn.", config, input_norm, rotary)
         mlp_norm = zero_centred(reader, f"{prefix}post_attention_layernorm.weight", config.hidden_size)
-        mlp: Mlp
-        if config.moe is not None and config.sparse_layers[index]:
-            mlp = SparseMoe(reader, f"{prefix}mlp.", config, mlp_norm, config.moe)
-        else:
-            mlp = DenseMlp(reader, f"{prefix}mlp.", config, mlp_norm)
-        return DecoderLayer(mixer, mlp)
+        return DecoderLayer(mixer, read_mlp(reader, f"{prefix}mlp.", config, index, mlp_norm))
 
     @torch.inference_mode()
     def forward(self, inputs: ModelInputs, caches: list[LinearCache | AttentionCache]) -> Tensor:
@@ -98,7 +107,7 @@ class Decoder:
 
         Args:
             inputs: the batch, N tokens.
-            caches: one per layer, as :func:`kvbuffer.cache.store.allocate` makes them; written.
+            caches: one per layer or group, as :func:`kvbuffer.cache.store.allocate` makes them; written.
 
         Returns:
             Logits of the rows asked for, [R, vocab_size] float32.
@@ -124,7 +133,6 @@ class Decoder:
         residual = F.embedding(inputs.token_ids, self.embedding).float()
         x: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer.mixer.forward(x, residual, inputs, cache)  # type: ignore[arg-type]  # a layer gets its kind of cache
-            x = layer.mlp.forward(x, residual)
+            x = layer.forward(x, residual, inputs, cache)
         assert x is not None
         return x, residual

@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvbuffer.cache.shapes import LinearShape
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.models.config import ModelConfig, MoeConfig
 from kvbuffer.models.inputs import LinearForm, ModelInputs
-from kvbuffer.models.weights import WeightReader
+from kvbuffer.models.weights import TensorReader, WeightReader
 from kvbuffer.ops.attention import attention_inputs, paged_attention
 from kvbuffer.ops.buffered import buffered_decode, buffered_verify, recurrent_decode
 from kvbuffer.ops.chunked import chunked_prefill
@@ -43,33 +44,32 @@ class RotaryTable:
         self.cos, self.sin = angles.cos(), angles.sin()
 
 
-class GatedDeltaNet:
-    """A Gated DeltaNet layer: projections, short convolution, the delta rule on a KV buffer, gated norm.
+class DeltaHeads:
+    """What the heads of a Gated DeltaNet layer compute: projections, short convolution, the delta rule on a KV buffer.
 
     Args:
         reader: the checkpoint.
         prefix: its layer's name, with the final dot.
-        config: the model.
+        shape: the heads.
         input_norm: [hidden] float32, the norm in front.
+        eps: of the norms.
         in_proj: [C + HV * V + 2 * HV, hidden]: queries, keys and values, gate z, b and a, each head after head.
     """
 
     def __init__(
-        self, reader: WeightReader, prefix: str, config: ModelConfig, input_norm: Tensor, in_proj: Tensor
+        self, reader: TensorReader, prefix: str, shape: LinearShape, input_norm: Tensor, eps: float, in_proj: Tensor
     ) -> None:
-        shape = config.linear
-        self.shape, self.eps = shape, config.rms_norm_eps
-        self.input_norm = input_norm
+        self.shape, self.input_norm, self.eps = shape, input_norm, eps
         self.in_proj = Linear(in_proj)
         conv = reader.take_float(f"{prefix}conv1d.weight", shape.conv_dim, 1, shape.conv_kernel)
         self.conv_weight = conv.squeeze(1).T.contiguous()
         self.a_log = reader.take_float(f"{prefix}A_log", shape.num_value_heads)
         self.dt_bias = reader.take_float(f"{prefix}dt_bias", shape.num_value_heads)
-        self.norm_weight = reader.take_float(f"{prefix}norm.weight", shape.value_head_dim)
-        self.out_proj = Linear(reader.take(f"{prefix}out_proj.weight", config.hidden_size, shape.value_dim))
 
-    def forward(self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: LinearCache) -> Tensor:
-        """Map [N, hidden] to [N, hidden]; the requests' states, buffers and rolling inputs move on."""
+    def forward(
+        self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: LinearCache
+    ) -> tuple[Tensor, Tensor]:
+        """Return the heads' outputs [N, HV, V] and their gates [N, HV * V]; states, buffers and rings move on."""
         shape = self.shape
         projected = self.in_proj.of_add_rms_norm(x, residual, self.input_norm, self.eps)
         where = (cache.rings, inputs.rings, inputs.cu_seqlens, inputs.context_lens)
@@ -83,8 +83,7 @@ class GatedDeltaNet:
         v = v.view(-1, shape.num_value_heads, shape.value_head_dim)
         g, beta = gated_delta_inputs(qk, b, a, self.a_log, self.dt_bias)
         q, k = qk.split_with_sizes((shape.num_key_heads, shape.num_key_heads), 1)
-        out = self._mix(Tokens(q, k, v, g, beta), inputs, cache)
-        return self.out_proj.of_gated_rms_norm(out, z, self.norm_weight, self.eps)
+        return self._mix(Tokens(q, k, v, g, beta), inputs, cache), z
 
     @staticmethod
     def _mix(tokens: Tokens, inputs: ModelInputs, cache: LinearCache) -> Tensor:
@@ -104,11 +103,46 @@ class GatedDeltaNet:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class GatedAttention:
-    """Full attention with query and key norms, partial rotary embedding and an output gate."""
+class GatedDeltaNet:
+    """A Gated DeltaNet layer: its heads, then a gated norm of each and the output projection.
+
+    Args:
+        reader: the checkpoint.
+        prefix: its layer's name, with the final dot.
+        config: the model.
+        input_norm: [hidden] float32, the norm in front.
+        in_proj: as for :class:`DeltaHeads`.
+    """
 
     def __init__(
-        self, reader: WeightReader, prefix: str, config: ModelConfig, input_norm: Tensor, rotary: RotaryTable
+        self, reader: WeightReader, prefix: str, config: ModelConfig, input_norm: Tensor, in_proj: Tensor
+    ) -> None:
+        self.heads = DeltaHeads(reader, prefix, config.linear, input_norm, config.rms_norm_eps, in_proj)
+        self.out = DeltaOutput(reader, prefix, config)
+
+    def forward(self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: LinearCache) -> Tensor:
+        """Map [N, hidden] to [N, hidden]; the requests' states, buffers and rolling inputs move on."""
+        return self.out.forward(*self.heads.forward(x, residual, inputs, cache))
+
+
+class DeltaOutput:
+    """The end of a Gated DeltaNet layer: gated norm of each head, output projection."""
+
+    def __init__(self, reader: TensorReader, prefix: str, config: ModelConfig) -> None:
+        shape, self.eps = config.linear, config.rms_norm_eps
+        self.norm_weight = reader.take_float(f"{prefix}norm.weight", shape.value_head_dim)
+        self.out_proj = Linear(reader.take(f"{prefix}out_proj.weight", config.hidden_size, shape.value_dim))
+
+    def forward(self, heads: Tensor, gate: Tensor) -> Tensor:
+        """Map heads [N, HV, V], contiguous, and gates [N, HV * V], rows perhaps strided, to [N, hidden]."""
+        return self.out_proj.of_gated_rms_norm(heads, gate, self.norm_weight, self.eps)
+
+
+class AttentionHeads:
+    """What the heads of a full-attention layer compute, with query and key norms and partial rotary embedding."""
+
+    def __init__(
+        self, reader: TensorReader, prefix: str, config: ModelConfig, input_norm: Tensor, rotary: RotaryTable
     ) -> None:
         self.config, self.input_norm, self.rotary = config, input_norm, rotary
         heads, dim, hidden = config.num_heads, config.head_dim, config.hidden_size
@@ -123,13 +157,9 @@ class GatedAttention:
         self.qkv_proj = Linear(fused("weight", hidden), fused("bias") if config.attention_bias else None)
         self.q_norm = reader.take_float(f"{prefix}q_norm.weight", dim)
         self.k_norm = reader.take_float(f"{prefix}k_norm.weight", dim)
-        self.o_proj = Linear(
-            reader.take(f"{prefix}o_proj.weight", hidden, heads * dim),
-            reader.take(f"{prefix}o_proj.bias", hidden) if config.attention_bias else None,
-        )
 
     def forward(self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: AttentionCache) -> Tensor:
-        """Map [N, hidden] to [N, hidden]; the new tokens' keys and values are written to their pages."""
+        """Return the heads' gated outputs [N, H * D]; the new tokens' keys and values are written to their pages."""
         config = self.config
         projected = self.qkv_proj.of_add_rms_norm(x, residual, self.input_norm, config.rms_norm_eps)
         where = (inputs.attention_page_table, inputs.cu_seqlens, inputs.context_lens)
@@ -138,7 +168,29 @@ class GatedAttention:
             *where, config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps,
         )  # fmt: skip
         width = config.num_heads * config.head_dim
-        return self.o_proj(paged_attention(q, cache.pages, *where, gate=projected[:, width : 2 * width]))
+        return paged_attention(q, cache.pages, *where, gate=projected[:, width : 2 * width])
+
+
+class GatedAttention:
+    """Full attention with query and key norms, partial rotary embedding and an output gate."""
+
+    def __init__(
+        self, reader: WeightReader, prefix: str, config: ModelConfig, input_norm: Tensor, rotary: RotaryTable
+    ) -> None:
+        self.heads = AttentionHeads(reader, prefix, config, input_norm, rotary)
+        self.o_proj = attention_output(reader, prefix, config)
+
+    def forward(self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: AttentionCache) -> Tensor:
+        """Map [N, hidden] to [N, hidden]; the new tokens' keys and values are written to their pages."""
+        return self.o_proj(self.heads.forward(x, residual, inputs, cache))
+
+
+def attention_output(reader: TensorReader, prefix: str, config: ModelConfig) -> Linear:
+    """Return the output projection of a full-attention layer."""
+    return Linear(
+        reader.take(f"{prefix}o_proj.weight", config.hidden_size, config.num_heads * config.head_dim),
+        reader.take(f"{prefix}o_proj.bias", config.hidden_size) if config.attention_bias else None,
+    )
 
 
 class Mlp(Protocol):
@@ -161,7 +213,7 @@ class DenseMlp:
 
     def __init__(self, reader: WeightReader, prefix: str, config: ModelConfig, input_norm: Tensor) -> None:
         self.input_norm, self.eps = input_norm, config.rms_norm_eps
-        self.mlp = _swiglu_mlp(reader, prefix, config.hidden_size, config.intermediate_size)
+        self.mlp = SwigluMlp(*swiglu_weights(reader, prefix, config.hidden_size, config.intermediate_size))
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Map [N, hidden] to [N, hidden]."""
@@ -177,8 +229,9 @@ class SparseMoe:
         self.moe, self.input_norm, self.eps, hidden = moe, input_norm, config.rms_norm_eps, config.hidden_size
         router = reader.take(f"{prefix}gate.weight", moe.num_experts, hidden)
         self.router = Linear(router)
-        self.experts = PackedExperts(*_expert_weights(reader, f"{prefix}experts.", hidden, moe))
-        self.shared = _swiglu_mlp(reader, f"{prefix}shared_expert.", hidden, moe.shared_intermediate_size)
+        self.experts = PackedExperts(*expert_weights(reader, f"{prefix}experts.", hidden, moe))
+        shared = swiglu_weights(reader, f"{prefix}shared_expert.", hidden, moe.shared_intermediate_size)
+        self.shared = SwigluMlp(*shared)
         self.shared_gate = Linear(reader.take(f"{prefix}shared_expert_gate.weight", 1, hidden))
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -189,12 +242,20 @@ class SparseMoe:
         return moe_mlp(normed, expert_ids, expert_weights, self.experts).add_(shared)
 
 
-def _swiglu_mlp(reader: WeightReader, prefix: str, hidden: int, intermediate: int) -> SwigluMlp:
+def read_mlp(reader: WeightReader, prefix: str, config: ModelConfig, index: int, input_norm: Tensor) -> Mlp:
+    """Return the MLP of layer ``index``, of the kind that it has."""
+    if config.moe is not None and config.sparse_layers[index]:
+        return SparseMoe(reader, prefix, config, input_norm, config.moe)
+    return DenseMlp(reader, prefix, config, input_norm)
+
+
+def swiglu_weights(reader: WeightReader, prefix: str, hidden: int, intermediate: int) -> tuple[Tensor, Tensor]:
+    """Return gate_up [2I, hidden] and down [hidden, I] of a SwiGLU layer."""
     gate_up = [reader.take(f"{prefix}{name}_proj.weight", intermediate, hidden) for name in ("gate", "up")]
-    return SwigluMlp(torch.cat(gate_up), reader.take(f"{prefix}down_proj.weight", hidden, intermediate))
+    return torch.cat(gate_up), reader.take(f"{prefix}down_proj.weight", hidden, intermediate)
 
 
-def _expert_weights(reader: WeightReader, prefix: str, hidden: int, moe: MoeConfig) -> tuple[Tensor, Tensor]:
+def expert_weights(reader: WeightReader, prefix: str, hidden: int, moe: MoeConfig) -> tuple[Tensor, Tensor]:
     """Return gate_up [E, 2I, hidden] and down [E, hidden, I] from fused tensors or from one tensor per expert."""
     count, width = moe.num_experts, moe.intermediate_size
     if f"{prefix}gate_up_proj" in reader:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvbuffer.cache.shapes import LinearShape
-from kvbuffer.models.weights import WeightReader
+from kvbuffer.models.weights import TensorReader, WeightReader
 
 #: Tensors that checkpoints carry and this engine does not use yet: the multi-token-prediction head.
 IGNORED = (r"^mtp\.",)
@@ -17,7 +17,7 @@ def prefix(reader: WeightReader) -> str:
     return "model."
 
 
-def in_proj(reader: WeightReader, name: str, shape: LinearShape, hidden: int) -> Tensor:
+def in_proj(reader: TensorReader, name: str, shape: LinearShape, hidden: int) -> Tensor:
     """Return the fused input projection as :class:`~kvbuffer.models.layers.GatedDeltaNet` wants it.
 
     The checkpoint groups the rows by key head: that head's query, key, its value heads and their gates; likewise b

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from huggingface_hub import snapshot_download
@@ -44,6 +45,18 @@ def resolve_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"could not download {model!r} from the hub: {error}") from None
+
+
+class TensorReader(Protocol):
+    """Where layers take their weights from."""
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Return tensor ``name`` in the model dtype."""
+        ...
+
+    def take_float(self, name: str, *shape: int) -> Tensor:
+        """Return tensor ``name`` in float32."""
+        ...
 
 
 class WeightReader:

@@ -61,7 +61,8 @@ def attention_inputs(
     Args:
         qkv: [N, at least 2 (H + HKV) D] float32, any row stride; each row holds q (H*D), gate (H*D),
             k (HKV*D) and v (HKV*D). The gate is not read here.
-        q_norm_weight: [D], float32 (another dtype is converted at every call).
+        q_norm_weight: [D], or [G, D] for G groups of H / G heads each; float32, contiguous (another dtype is converted
+            at every call).
         k_norm_weight: [D], as ``q_norm_weight``.
         cos: [max_len, rotary_dim / 2] float32, contiguous: one half of the usual table, which repeats it.
         sin: as ``cos``.
@@ -92,7 +93,7 @@ def attention_inputs(
         qkv.data_ptr(), qkv.stride(0), q_norm_weight.data_ptr(), k_norm_weight.data_ptr(),
         cos.data_ptr(), sin.data_ptr(), cos.shape[1], positions.data_ptr(), q.data_ptr(), pages.data_ptr(),
         page_table.data_ptr(), page_table.stride(0), cu_seqlens.data_ptr(), context_lens.data_ptr(),
-        qkv.shape[0], context_lens.shape[0], num_heads, num_kv_heads, head_dim, eps,
+        qkv.shape[0], context_lens.shape[0], num_heads, num_kv_heads, head_dim, q_norm_weight.numel() // head_dim, eps,
         dispatch.DTYPE_CODES[pages.dtype],
     )  # fmt: skip
     return q
@@ -149,7 +150,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.kvb_attention_inputs.restype = None
     lib.kvb_attention_inputs.argtypes = [
         pointer, size, pointer, pointer, pointer, pointer, size, pointer, pointer, pointer, pointer, size,
-        pointer, pointer, size, size, size, size, size, ctypes.c_float, ctypes.c_int,
+        pointer, pointer, size, size, size, size, size, size, ctypes.c_float, ctypes.c_int,
     ]  # fmt: skip
     lib.kvb_paged_attention.restype = None
     lib.kvb_paged_attention.argtypes = [
@@ -178,6 +179,10 @@ def _attention_inputs_portable(
     q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
     q, _, k, v = torch.split(qkv[:, : 2 * (q_size + kv_size)], [q_size, q_size, kv_size, kv_size], dim=1)
     cos, sin = cos[positions.long(), None], sin[positions.long(), None]
+    q_norm_weight, k_norm_weight = (
+        weight.view(-1, head_dim).repeat_interleave(heads * head_dim // weight.numel(), 0)
+        for weight, heads in ((q_norm_weight, num_heads), (k_norm_weight, num_kv_heads))
+    )
     q = _norm_rotate(q.view(num_tokens, num_heads, head_dim), q_norm_weight, cos, sin, eps)
     k = _norm_rotate(k.view(num_tokens, num_kv_heads, head_dim), k_norm_weight, cos, sin, eps)
 

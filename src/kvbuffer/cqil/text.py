@@ -1,0 +1,155 @@
+"""A text through a model's layers, grouped in any way, to see what a grouping costs in quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvbuffer.cache.plan import MemoryPlan, plan_memory
+from kvbuffer.cache.shapes import run_order
+from kvbuffer.cache.store import allocate
+from kvbuffer.cqil.reference import naive_group
+from kvbuffer.models.decoder import Decoder, DecoderLayer
+from kvbuffer.models.inputs import LinearForm, LinearSection, ModelInputs
+from kvbuffer.ops.norm import add_rms_norm
+
+# Rows whose logits are computed at a time.
+_ROWS = 256
+
+
+class Quality(NamedTuple):
+    """How far a grouping leads from the model, over a text.
+
+    Attributes:
+        loss: mean negative log-likelihood of the text's tokens, nats.
+        kl: mean divergence of the grouping's next-token distributions from the model's own, nats.
+        agreement: share of tokens after which both find the same next token likeliest.
+    """
+
+    loss: float
+    kl: float
+    agreement: float
+
+    @property
+    def perplexity(self) -> float:
+        """Of the text."""
+        return math.exp(self.loss)
+
+
+class TextModel:
+    """A model with each layer's own memory, and windows of a text.
+
+    Args:
+        model: without groups.
+        token_ids: [B, T] int64, B windows of the text.
+    """
+
+    def __init__(self, model: Decoder, token_ids: Tensor) -> None:
+        self.model, self.token_ids = model, token_ids
+        plan = memory_for(model, *token_ids.shape)
+        self._caches = allocate(model.config.cache_shape, plan)
+        self._inputs = batch_of(token_ids, 0, plan)
+        self._own = self.hidden()
+        self.loss = self.quality(()).loss
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        groups: Sequence[tuple[int, ...]] = (),
+        bypass: int = 0,
+        observe: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Return the hidden states after the final norm.
+
+        Args:
+            groups: layers that are computed at once.
+            bypass: D.
+            observe: called before each layer that is computed alone with its index and input [B * T, hidden].
+
+        Returns:
+            [B * T, hidden] float32.
+        """
+        model, x = self.model, None
+        residual = F.embedding(self._inputs.token_ids, model.embedding).float()
+        for unit in run_order(model.config.num_layers, groups):
+            layers = [model.layers[index] for index in unit]
+            caches = [self._caches[index] for index in unit]
+            if observe is not None:
+                observe(unit[0], residual if x is None else residual + x)
+            if len(unit) == 1:
+                x = layers[0].forward(x, residual, self._inputs, caches[0])
+            else:
+                x = naive_group(_alone(layers), bypass, x, residual, self._inputs, caches)
+        return add_rms_norm(x, residual, model.norm, model.config.rms_norm_eps)
+
+    @torch.inference_mode()
+    def quality(self, groups: Sequence[tuple[int, ...]], bypass: int = 0) -> Quality:
+        """Return what a grouping does to the text's loss and to the model's distributions."""
+        return self.compare(self.hidden(groups, bypass) if groups else self._own)
+
+    @torch.inference_mode()
+    def compare(self, hidden: Tensor) -> Quality:
+        """Return the quality of hidden states [B * T, hidden] after the final norm, wherever they come from."""
+        targets = F.pad(self.token_ids[:, 1:], (0, 1), value=-1).flatten()
+        loss, kl, agreement = torch.zeros(3, dtype=torch.float64)
+        for rows in torch.arange(len(targets)).split(_ROWS):
+            own, other = (self.model.lm_head(states[rows]).log_softmax(-1) for states in (self._own, hidden))
+            loss += F.nll_loss(other, targets[rows], ignore_index=-1, reduction="sum").double()
+            kl += (own.exp() * (own - other)).sum().double()
+            agreement += (own.argmax(-1) == other.argmax(-1)).sum().double()
+        count = len(targets)
+        return Quality(float(loss) / int((targets >= 0).sum()), max(0.0, float(kl) / count), float(agreement) / count)
+
+
+def memory_for(model: Decoder, requests: int, tokens: int) -> MemoryPlan:
+    """Return a plan with a state and attention pages for each of so many requests of so many tokens."""
+    return plan_memory(
+        model.config.cache_shape, budget=1 << 46, max_model_len=tokens, max_num_seqs=requests, buffer_len=1,
+        kv_only_len=0, dtype=model.dtype, state_dtype=torch.float32, record_dtype=torch.float32, prefix_caching=False,
+    )  # fmt: skip
+
+
+def batch_of(token_ids: Tensor, context: int, plan: MemoryPlan) -> ModelInputs:
+    """Return the next tokens of requests that have memory of their own, each as much, by :func:`memory_for`.
+
+    Args:
+        token_ids: [B, T] int64. In chunks into the states where nothing came before; T = 1 is decoded.
+        context: tokens that each request has so far; 0 unless T = 1.
+        plan: the memory.
+
+    Returns:
+        A batch that asks for the logits of all tokens.
+    """
+    requests, count = token_ids.shape
+    numbers = torch.arange(requests, dtype=torch.int32)
+    pages = plan.num_attention_pages // requests
+    borders = torch.arange(requests + 1, dtype=torch.int32) * count
+    section = LinearSection(
+        form=LinearForm.RECURRENT if context else LinearForm.CHUNKED,
+        tokens=slice(0, requests * count),
+        cu_seqlens=borders,
+        slots=numbers,
+        page_table=torch.zeros(requests, 1, dtype=torch.int32),
+        fill=torch.zeros(requests, dtype=torch.int32),
+        fold=torch.zeros(requests, dtype=torch.uint8),
+        fresh=torch.full((requests,), context == 0, dtype=torch.uint8),
+    )
+    return ModelInputs(
+        token_ids=token_ids.flatten(),
+        positions=(context + torch.arange(count, dtype=torch.int32)).repeat(requests),
+        cu_seqlens=borders,
+        context_lens=torch.full((requests,), context, dtype=torch.int32),
+        attention_page_table=(numbers[:, None] * pages + torch.arange(pages, dtype=torch.int32)).contiguous(),
+        rings=numbers,
+        logits_rows=torch.arange(requests * count),
+        sections=(section,),
+    )
+
+
+def _alone(layers: Sequence[object]) -> list[DecoderLayer]:
+    return [layer for layer in layers if isinstance(layer, DecoderLayer)]
