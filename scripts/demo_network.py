@@ -146,14 +146,19 @@ class GatedAttention(nn.Module):
         first, second, rest = x.split((size // 2, size // 2, self.head_dim - size), -1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, head_dim], keys and values [B, HKV, T, head_dim], output gate [B, T, H * head_dim]."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, gate = self.q_proj(x).view(*x.shape[:2], -1, 2 * self.head_dim).chunk(2, -1)
         q = self.rotate(self.q_norm(q).transpose(1, 2))
         k = self.rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2))
         v = self.v_proj(x).view(heads).transpose(1, 2)
+        return q, k, v, gate.flatten(2).sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, gate = self.project(x)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2) * gate.flatten(2).sigmoid())
+        return self.o_proj(out.transpose(1, 2).flatten(2) * gate)
 
 
 class MLP(nn.Module):
@@ -244,3 +249,59 @@ class Network(nn.Module):
     def balance_loss(self) -> Tensor:
         """The mean over the mixture-of-experts layers of the last forward pass; 1 when experts are used evenly."""
         return torch.stack([layer.mlp.balance_loss for layer in self.layers if isinstance(layer.mlp, MoE)]).mean()
+
+
+class MtpLayer(nn.Module):
+    """A decoder layer with full attention and a dense MLP."""
+
+    def __init__(self, config: Qwen3NextConfig) -> None:
+        super().__init__()
+        self.self_attn = GatedAttention(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Map x [B, T, D] of one pass to [B, T, D]; the pass's keys and values are appended to `past`.
+
+        The n-th of several passes over the same places is what serving computes as the n-th draft: a place sees the
+        keys and values of the last pass at itself, of the pass before one place earlier, and so on to the first pass.
+        """
+        q, k, v, gate = self.self_attn.project(self.input_layernorm(x))
+        past.append((k, v))
+        groups, length = q.shape[1] // k.shape[1], q.shape[2]
+        passes = [[part.repeat_interleave(groups, 1) for part in pair] for pair in past]
+        first_k, first_v = passes[0]
+        chained = [(k.roll(back, 2), v.roll(back, 2)) for back, (k, v) in enumerate(reversed(passes[1:]))]
+        mask = torch.ones(length, length, dtype=torch.bool).tril(-len(chained))
+        scores = (q @ first_k.mT).masked_fill(~mask, -math.inf)
+        own = [(q * k).sum(-1, keepdim=True) for k, _ in chained]
+        weights = (torch.cat([scores, *own], -1) * q.shape[-1] ** -0.5).softmax(-1)
+        out = weights[..., :length] @ first_v
+        for i, (_, v) in enumerate(chained):
+            out = out + weights[..., length + i, None] * v
+        x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2) * gate)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class MtpHead(nn.Module):
+    """The multi-token-prediction head: from a hidden state and the next token, the hidden state after that token.
+
+    Its parameters have the names and shapes of the `mtp.*` tensors of Qwen3-Next checkpoints.
+    """
+
+    def __init__(self, config: Qwen3NextConfig) -> None:
+        super().__init__()
+        self.pre_fc_norm_embedding = Norm(config.hidden_size, config.rms_norm_eps)
+        self.pre_fc_norm_hidden = Norm(config.hidden_size, config.rms_norm_eps)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList([MtpLayer(config)])
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        for parameter in self.parameters():
+            if parameter.ndim >= 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    def forward(self, embedded: Tensor, hidden: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Map the next tokens' embeddings and the hidden states, both [B, T, D], to [B, T, D]; see `MtpLayer`."""
+        x = torch.cat([self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)], -1)
+        return self.norm(self.layers[0](self.fc(x), past))

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 512
 EOS_TOKEN_ID = 2
@@ -76,15 +78,28 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_checkpoint(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """Save checkpoint ``name`` with freshly drawn weights to ``folder / name`` and return that path."""
-    import transformers
+def make_checkpoint(
+    folder: Path, name: str, dtype: torch.dtype = torch.float32, mtp: bool = False, **changes: Any
+) -> Path:
+    """Save checkpoint ``name`` with freshly drawn weights to ``folder / name`` and return that path.
 
+    With ``mtp``, it has a multi-token-prediction head, whose layer and norm are also there as a model of one layer, in
+    the folder ``mtp_layer`` within.
+    """
     cls, differences = CHECKPOINTS[name]
-    config = getattr(transformers, f"{cls}{'' if cls == 'Qwen3Next' else 'Text'}Config")(
-        **{**COMMON, **differences, **changes}
-    )
+    settings = {**COMMON, **differences, **changes}
     torch.manual_seed(sum(name.encode()))
+    path = folder / name
+    random_model(cls, settings).to(dtype).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    if mtp:
+        _add_mtp_head(path, cls, settings, dtype)
+    return path
+
+
+def random_model(cls: str, settings: dict[str, Any]) -> PreTrainedModel:
+    """Return transformers' model of class ``cls`` with weights drawn from the global generator."""
+    config = getattr(transformers, f"{cls}{'' if cls == 'Qwen3Next' else 'Text'}Config")(**settings)
     model = getattr(transformers, f"{cls}ForCausalLM")(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -94,7 +109,19 @@ def make_checkpoint(folder: Path, name: str, dtype: torch.dtype = torch.float32,
                 parameter.copy_(
                     torch.randn_like(parameter) * scale + (1.0 if key.endswith("linear_attn.norm.weight") else 0.0)
                 )
-    path = folder / name
-    model.to(dtype).save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    return path
+    return model
+
+
+def _add_mtp_head(path: Path, cls: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Add ``mtp.*`` tensors to a checkpoint, with the names that the published checkpoints have."""
+    one_layer = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "mlp_only_layers": []}
+    random_model(cls, {**settings, **one_layer}).to(dtype).save_pretrained(path / "mtp_layer")
+    layer = load_file(path / "mtp_layer" / "model.safetensors")
+    kept = ("model.layers.0.", "model.norm.")
+    head = {f"mtp.{key.removeprefix('model.')}": tensor for key, tensor in layer.items() if key.startswith(kept)}
+    hidden = settings["hidden_size"]
+    for norm in ("embedding", "hidden"):
+        head[f"mtp.pre_fc_norm_{norm}.weight"] = (0.3 * torch.randn(hidden)).to(dtype)
+    head["mtp.fc.weight"] = (torch.randn(hidden, 2 * hidden) / hidden**0.5).to(dtype)
+    file = path / "model.safetensors"
+    save_file({**load_file(file), **head}, file, metadata={"format": "pt"})

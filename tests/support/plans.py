@@ -70,7 +70,7 @@ def sized_engine(
         str(folder), dtype="float32", max_num_batched_tokens=tokens, buffer_len=buffer_len, kv_only_len=kv_only_len,
         max_num_seqs=64, show_progress=False, **options,
     )  # fmt: skip
-    model = ModelConfig.from_folder(folder)
+    model = ModelConfig.from_folder(folder, config.uses_mtp)
     lengths = {"max_model_len": max_model_len, "buffer_len": buffer_len, "kv_only_len": kv_only_len}
     dtypes = [STATE_DTYPES.get(name, torch.float32) for name in (config.state_dtype, config.record_dtype)]
     plan = plan_for(

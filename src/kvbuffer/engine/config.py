@@ -105,6 +105,11 @@ class EngineConfig:
         return self.speculative_config
 
     @property
+    def uses_mtp(self) -> bool:
+        """Whether the model's multi-token-prediction head drafts."""
+        return self.speculative is not None and self.speculative.method == "mtp"
+
+    @property
     def num_draft_tokens(self) -> int:
         """Most tokens that a request drafts in a step."""
         return 0 if self.speculative is None else self.speculative.num_speculative_tokens

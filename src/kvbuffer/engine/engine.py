@@ -27,7 +27,8 @@ from kvbuffer.engine.runner import Runner
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.sampling_state import SamplingState
 from kvbuffer.engine.scheduler import Scheduler, Segment
-from kvbuffer.engine.speculative.speculator import Speculator, make_drafter
+from kvbuffer.engine.speculative.methods import make_drafter
+from kvbuffer.engine.speculative.speculator import Speculator
 from kvbuffer.engine.stats import EngineStats, read_stats
 from kvbuffer.errors import InvalidRequestError
 from kvbuffer.models.config import ModelConfig
@@ -79,7 +80,10 @@ class Engine:
         self._memory = RequestMemory(plan, config.enable_prefix_caching)
         caches = allocate(dataclasses.replace(model_config.cache_shape, groups=cqil.groups), plan)
         speculative = config.speculative
-        self._speculator = None if speculative is None else Speculator(speculative, make_drafter(speculative))
+        self._speculator: Speculator | None = None
+        if speculative is not None:
+            drafter = make_drafter(speculative, self._model, caches, self._memory)
+            self._speculator = Speculator(speculative, drafter)
         needs_hidden = self._speculator is not None and self._speculator.drafter.needs_hidden
         self._runner = Runner(self._model, caches, self._memory, needs_hidden)
         self._offload: Offload | None = None
@@ -101,7 +105,7 @@ class Engine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         folder = resolve_model(config.model)
-        model_config = ModelConfig.from_folder(folder)
+        model_config = ModelConfig.from_folder(folder, config.uses_mtp)
         dtype = DTYPES.get(config.dtype)
         if dtype is None:
             dtype = torch.float32 if model_config.dtype == torch.float32 else torch.bfloat16
@@ -226,7 +230,11 @@ class Engine:
             raise
 
     def _step(self) -> list[CompletionDelta]:
-        drafts = None if self._speculator is None else self._speculator.draft(self._scheduler.decoding)
+        drafts = None
+        if self._speculator is not None:
+            # Drafters may write to pages that are taken for them, so nothing may still have to be read from there.
+            self._runner.do_memory_work()
+            drafts = self._speculator.draft(self._scheduler.decoding)
         began = time.perf_counter()
         batch = self._scheduler.schedule(drafts)
         if not batch:
@@ -280,9 +288,9 @@ class Engine:
         )
 
     def _finish(self, request: Request, publish: bool = True) -> None:
-        self._scheduler.finish(request, publish=publish)
         if self._speculator is not None:
-            self._speculator.drafter.forget(request)
+            self._speculator.drafter.forget(request, publish)
+        self._scheduler.finish(request, publish=publish)
 
     def check_integrity(self) -> None:
         """Check that memory and requests agree; for tests and for an idle server.

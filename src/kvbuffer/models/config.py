@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ class ModelConfig:
         rotary_dim: dims of each attention head that are rotated.
         dtype: dtype the weights were saved in.
         eos_token_ids: ends of sequence by ``config.json`` (``generation_config.json`` adds to them).
+        with_mtp: the multi-token-prediction head is loaded, too.
     """
 
     architecture: str
@@ -67,6 +69,7 @@ class ModelConfig:
     moe: MoeConfig | None
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
+    with_mtp: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -84,12 +87,17 @@ class ModelConfig:
 
     @property
     def cache_shape(self) -> CacheShape:
-        """What the layers remember."""
-        return CacheShape(self.layer_types, self.linear, self.num_kv_heads, self.head_dim, self.max_position_embeddings)
+        """What the layers remember; last, where it is used, that of the multi-token-prediction head."""
+        types = (*self.layer_types, "full_attention") if self.with_mtp else self.layer_types
+        return CacheShape(types, self.linear, self.num_kv_heads, self.head_dim, self.max_position_embeddings)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ModelConfig:
+    def from_folder(cls, folder: Path, with_mtp: bool = False) -> ModelConfig:
         """Read ``config.json``.
+
+        Args:
+            folder: checkpoint folder.
+            with_mtp: use its multi-token-prediction head.
 
         Raises:
             ModelError: the file is missing or broken, or describes a model that is not supported.
@@ -103,7 +111,7 @@ class ModelConfig:
             raise ModelError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise ModelError(f"{path} must hold a JSON object, got {type(raw).__name__}")
-        return cls.from_dict(raw)
+        return dataclasses.replace(cls.from_dict(raw), with_mtp=with_mtp)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:

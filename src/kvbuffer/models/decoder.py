@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvbuffer.cache.shapes import run_order
 from kvbuffer.cache.store import AttentionCache, LinearCache
-from kvbuffer.models import qwen3_5, qwen3_next
+from kvbuffer.models import mtp, qwen3_5, qwen3_next
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.group import LayerGroup, read_group
 from kvbuffer.models.inputs import ModelInputs
@@ -50,8 +50,11 @@ class Decoder:
         groups: layers that are computed at once, of one type each; see :mod:`kvbuffer.models.group`.
         bypass: how many layers back the MLPs of a group see.
 
+    Attributes:
+        mtp: the multi-token-prediction head; None unless the configuration asks for it.
+
     Raises:
-        ModelError: the weights do not fit the configuration.
+        ModelError: the weights do not fit the configuration, or there is no such head.
     """
 
     def __init__(
@@ -66,7 +69,8 @@ class Decoder:
     ) -> None:
         self.config, self.dtype = config, dtype
         layout = LAYOUTS[config.layout]
-        reader = WeightReader(folder, dtype, layout.IGNORED, show_progress)
+        ignored = layout.IGNORED if config.with_mtp else (*layout.IGNORED, mtp.WEIGHTS)
+        reader = WeightReader(folder, dtype, ignored, show_progress)
         try:
             prefix = layout.prefix(reader)
             rotary = RotaryTable(config, max_model_len)
@@ -79,6 +83,7 @@ class Decoder:
             tied = config.tie_word_embeddings and "lm_head.weight" not in reader
             head = self.embedding if tied else reader.take("lm_head.weight", *self.embedding.shape)
             self.lm_head = Linear(head)
+            self.mtp = mtp.MtpHead(reader, config, self.embedding, rotary) if config.with_mtp else None
             reader.finish()
         finally:
             reader.close()
@@ -102,12 +107,13 @@ class Decoder:
         return DecoderLayer(mixer, read_mlp(reader, f"{prefix}mlp.", config, index, mlp_norm))
 
     @torch.inference_mode()
-    def forward(self, inputs: ModelInputs, caches: list[LinearCache | AttentionCache]) -> Tensor:
+    def forward(self, inputs: ModelInputs, caches: Sequence[LinearCache | AttentionCache]) -> Tensor:
         """Run one ragged batch.
 
         Args:
             inputs: the batch, N tokens.
-            caches: one per layer or group, as :func:`kvbuffer.cache.store.allocate` makes them; written.
+            caches: one per layer or group, as :func:`kvbuffer.cache.store.allocate` makes them; written. That of the
+                multi-token-prediction head, which is not run here, may come last.
 
         Returns:
             Logits of the rows asked for, [R, vocab_size] float32.
@@ -118,7 +124,7 @@ class Decoder:
 
     @torch.inference_mode()
     def forward_with_hidden(
-        self, inputs: ModelInputs, caches: list[LinearCache | AttentionCache]
+        self, inputs: ModelInputs, caches: Sequence[LinearCache | AttentionCache]
     ) -> tuple[Tensor, Tensor]:
         """Run one ragged batch as :meth:`forward` does; return the hidden states after the final norm, too.
 
@@ -128,11 +134,11 @@ class Decoder:
         hidden = add_rms_norm(*self._layers(inputs, caches), self.norm, self.config.rms_norm_eps)
         return self.lm_head(hidden[inputs.logits_rows]), hidden
 
-    def _layers(self, inputs: ModelInputs, caches: list[LinearCache | AttentionCache]) -> tuple[Tensor, Tensor]:
+    def _layers(self, inputs: ModelInputs, caches: Sequence[LinearCache | AttentionCache]) -> tuple[Tensor, Tensor]:
         """Return the last layer's output, and the residual stream that it is still to be added to."""
         residual = F.embedding(inputs.token_ids, self.embedding).float()
         x: Tensor | None = None
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self.layers, caches, strict=False):
             x = layer.forward(x, residual, inputs, cache)
         assert x is not None
         return x, residual

@@ -8,8 +8,8 @@ from torch import Tensor
 from kvbuffer.cache.shapes import LinearShape
 from kvbuffer.models.weights import TensorReader, WeightReader
 
-#: Tensors that checkpoints carry and this engine does not use: multi-token-prediction head and vision tower.
-IGNORED = (r"^mtp\.", r"^model\.visual\.")
+#: Tensors that checkpoints carry and this engine does not use: the vision tower.
+IGNORED = (r"^model\.visual\.",)
 
 
 def prefix(reader: WeightReader) -> str:

@@ -8,8 +8,8 @@ from torch import Tensor
 from kvbuffer.cache.shapes import LinearShape
 from kvbuffer.models.weights import TensorReader, WeightReader
 
-#: Tensors that checkpoints carry and this engine does not use yet: the multi-token-prediction head.
-IGNORED = (r"^mtp\.",)
+#: Tensors that checkpoints carry and this engine does not use.
+IGNORED = ()
 
 
 def prefix(reader: WeightReader) -> str:

@@ -18,6 +18,11 @@ def test_text_dictionary_and_object_say_the_same() -> None:
     assert SpeculativeConfig.parse(NGRAM) == SpeculativeConfig.parse(config) == config
 
 
+@pytest.mark.parametrize("name", ["qwen3_next_mtp", "qwen3_5_mtp"])
+def test_names_that_vllm_has_for_mtp(name: str) -> None:
+    assert SpeculativeConfig(name, 2) == SpeculativeConfig("mtp", 2)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [(None, None, (2, 4)), (3, None, (3, 4)), (7, None, (7, 7)), (None, 1, (1, 1)), (None, 6, (2, 6)), (1, 8, (1, 8))],
@@ -40,6 +45,11 @@ def test_ngrams_have_sensible_lengths(low: int | None, high: int | None, expecte
         ({**NGRAM, "adaptive": 1}, "adaptive must be true or false"),
         ({**NGRAM, "prompt_lookup_min": "2"}, "prompt_lookup_min must be an integer"),
         ({**NGRAM, "prompt_lookup_min": 5, "prompt_lookup_max": 3}, "5 is more than prompt_lookup_max 3"),
+        ({**NGRAM, "method": ["ngram"]}, "method must be"),
+        ({**NGRAM, "suffix_decoding_max_tree_depth": 0}, "max_tree_depth must be an integer from 1 to 1024, got 0"),
+        ({**NGRAM, "suffix_decoding_max_cached_tokens": -1}, "max_cached_tokens must be an integer from 0"),
+        ({**NGRAM, "suffix_decoding_max_spec_factor": "2"}, "max_spec_factor must be a number from 0 to 64, got '2'"),
+        ({**NGRAM, "suffix_decoding_min_token_prob": 1.5}, "min_token_prob must be a number from 0 to 1, got 1.5"),
         ({**NGRAM, "draft_len": 3}, "unknown name 'draft_len'; it takes method"),
     ],
 )

@@ -61,5 +61,5 @@ def test_a_text_is_followed_as_it_grows() -> None:
 def test_a_request_that_ended_is_forgotten() -> None:
     drafter = NgramDrafter(1, 2)
     drafter.propose([request([1, 2, 1])], [2])
-    drafter.forget(request([1]))
+    drafter.forget(request([1]), True)
     assert drafter.propose([request([3, 4, 5, 3])], [2])[0].token_ids == [4, 5]

@@ -41,7 +41,8 @@ class Watcher(OracleDrafter):
                     assert request.token_ids[place] == token
                     self.num_checked += 1
 
-    def forget(self, request) -> None:
+    def forget(self, request, publish) -> None:
+        assert publish
         self.forgotten.append(request)
 
 

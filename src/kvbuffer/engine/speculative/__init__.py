@@ -2,6 +2,9 @@
 
 config.py     the option ``--speculative-config``
 drafter.py    what every drafter is: Drafter, Draft
+methods.py    the drafters by name
 ngram.py      prompt lookup: what followed the last tokens when they came before
+suffix.py     suffix decoding: what followed them most often, in earlier outputs, too; on suffix_automaton.py
+mtp.py        the model's own multi-token-prediction head
 speculator.py the drafter at work: how much is proposed, and what became of it
 """

@@ -10,7 +10,8 @@ from typing import Any
 
 from kvbuffer.errors import ConfigError
 
-METHODS = ("ngram",)
+METHODS = ("ngram", "suffix", "mtp")
+_ALIASES = {"qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp"}
 #: Most draft tokens of a request in one step: the trees' masks are 64 bits wide, and the known token is one of them.
 MAX_DRAFT_TOKENS = 63
 _DEFAULT_NGRAM = (2, 4)
@@ -21,11 +22,16 @@ class SpeculativeConfig:
     """How the next tokens are guessed.
 
     Attributes:
-        method: ``ngram`` (prompt lookup).
+        method: ``ngram`` (prompt lookup), ``suffix`` (suffix decoding) or ``mtp`` (the model's own
+            multi-token-prediction head).
         num_speculative_tokens: most draft tokens of a request in one step, all branches of a tree together, 1 to 63.
         adaptive: propose fewer, down to none, where the measured cost of checking them is more than they bring.
         prompt_lookup_min: shortest n-gram that is looked up; by default 2, or ``prompt_lookup_max`` if that is less.
         prompt_lookup_max: longest; by default 4, or ``prompt_lookup_min`` if that is more.
+        suffix_decoding_max_tree_depth: most tokens that are matched by suffix decoding.
+        suffix_decoding_max_spec_factor: a match of n tokens lets at most so many times n be proposed.
+        suffix_decoding_min_token_prob: the least share of cases in which a proposed token followed the match.
+        suffix_decoding_max_cached_tokens: tokens of earlier outputs that are kept to match; 0 for none.
 
     Raises:
         ConfigError: a value is missing or out of range.
@@ -36,8 +42,13 @@ class SpeculativeConfig:
     adaptive: bool = True
     prompt_lookup_min: int | None = None
     prompt_lookup_max: int | None = None
+    suffix_decoding_max_tree_depth: int = 24
+    suffix_decoding_max_spec_factor: float = 1.0
+    suffix_decoding_min_token_prob: float = 0.1
+    suffix_decoding_max_cached_tokens: int = 1 << 17
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", _ALIASES.get(str(self.method), self.method))
         if self.method not in METHODS:
             raise ConfigError(f"speculative_config: method must be {_either(METHODS)}, got {self.method!r}")
         if not isinstance(self.adaptive, bool):
@@ -46,14 +57,23 @@ class SpeculativeConfig:
         for name in ("prompt_lookup_min", "prompt_lookup_max"):
             if getattr(self, name) is not None:
                 self._check(name, 1024)
+        self._check("suffix_decoding_max_tree_depth", 1024)
+        self._check("suffix_decoding_max_cached_tokens", 1 << 30, low=0)
+        self._check_number("suffix_decoding_max_spec_factor", 64.0)
+        self._check_number("suffix_decoding_min_token_prob", 1.0)
         low, high = self.ngram_range
         if low > high:
             raise ConfigError(f"speculative_config: prompt_lookup_min {low} is more than prompt_lookup_max {high}")
 
-    def _check(self, name: str, high: int) -> None:
+    def _check(self, name: str, high: int, low: int = 1) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-            raise ConfigError(f"speculative_config: {name} must be an integer from 1 to {high}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(f"speculative_config: {name} must be an integer from {low} to {high}, got {value!r}")
+
+    def _check_number(self, name: str, high: float) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+            raise ConfigError(f"speculative_config: {name} must be a number from 0 to {high:g}, got {value!r}")
 
     @property
     def ngram_range(self) -> tuple[int, int]:

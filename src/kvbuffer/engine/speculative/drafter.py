@@ -72,8 +72,7 @@ class Drafter(ABC):
 
         Args:
             requests: requests that decode: all tokens but the last are computed.
-            limits: at least 1 each, the most tokens of its draft. A request's attention pages hold its known tokens
-                and as many more, so a drafter with keys and values of its own can write there.
+            limits: at least 1 each, the most tokens of its draft.
 
         Returns:
             A draft for each request; one without tokens if there is nothing to propose.
@@ -87,5 +86,10 @@ class Drafter(ABC):
             hidden: [N, hidden_size] float32, the step's hidden states after the final norm; None unless needed.
         """
 
-    def forget(self, request: Request) -> None:  # noqa: B027  # optional
-        """Drop what is kept of a request that has ended; a request that is preempted only loses its row."""
+    def forget(self, request: Request, publish: bool) -> None:  # noqa: B027  # optional
+        """Drop what is kept of a request that ends and still has its memory; one that is preempted only loses its row.
+
+        Args:
+            request: it.
+            publish: whether what it computed is any good to later requests.
+        """

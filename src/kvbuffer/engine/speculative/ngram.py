@@ -47,7 +47,7 @@ class NgramDrafter(Drafter):
             return NO_DRAFT
         return Draft(np.resize(tokens[ends[-1] + 1 :], limit).tolist())
 
-    def forget(self, request: Request) -> None:
+    def forget(self, request: Request, publish: bool) -> None:
         """Drop the copy of its text."""
         self._texts.pop(request.request_id, None)
 

@@ -12,12 +12,6 @@ from kvbuffer.engine.request import Request
 from kvbuffer.engine.scheduler import Segment
 from kvbuffer.engine.speculative.config import SpeculativeConfig
 from kvbuffer.engine.speculative.drafter import Committed, Draft, Drafter
-from kvbuffer.engine.speculative.ngram import NgramDrafter
-
-
-def make_drafter(config: SpeculativeConfig) -> Drafter:
-    """Return the drafter that the configuration names."""
-    return NgramDrafter(*config.ngram_range)
 
 
 @dataclass

@@ -1,0 +1,163 @@
+"""Drafts from the model's own multi-token-prediction head.
+
+What the head computes for token i needs the model's hidden state after it and token i + 1. So the last token of a step
+waits until the next one has been sampled, and tokens are computed together when a draft is wanted. Keys and values lie
+in the request's attention pages, as one more layer's: cached prefixes, preempted requests and files have them, too. The
+last token of a cached prefix has been computed with the token that followed it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvbuffer.cache.memory import RequestMemory
+from kvbuffer.cache.plan import attention_pages
+from kvbuffer.cache.store import AttentionCache
+from kvbuffer.engine.request import Request
+from kvbuffer.engine.speculative.drafter import Committed, Draft, Drafter
+from kvbuffer.models.decoder import Decoder
+from kvbuffer.models.inputs import ModelInputs
+
+#: Tokens that wait for a draft to be wanted, at most: computed together, they cost little more than one of them.
+_MAX_WAITING = 64
+
+
+@dataclass
+class _Waiting:
+    """Tokens of a request that the model has computed and the head has not.
+
+    Attributes:
+        begin: place of the first of them.
+        hidden: [n, hidden_size], the model's hidden states after them.
+        last: [1, hidden_size], what the head gave for the token before them.
+    """
+
+    begin: int
+    hidden: Tensor
+    last: Tensor
+
+    @property
+    def end(self) -> int:
+        """Place after the last of them."""
+        return self.begin + len(self.hidden)
+
+
+class MtpDrafter(Drafter):
+    """Lets the head guess one token after the other, each time the most likely.
+
+    Args:
+        model: with its head.
+        cache: the head's memory.
+        memory: which of it belongs to whom.
+    """
+
+    needs_hidden = True
+
+    def __init__(self, model: Decoder, cache: AttentionCache, memory: RequestMemory) -> None:
+        assert model.mtp is not None
+        self.model, self.head, self.cache, self.memory = model, model.mtp, cache, memory
+        self._waiting: dict[Request, _Waiting] = {}
+
+    def observe(self, committed: Sequence[Committed], hidden: Tensor | None) -> None:
+        """Keep the hidden states of decoded tokens; compute prompts, which other requests may share, at once."""
+        assert hidden is not None
+        for part in committed:
+            self._add(part.request, part.begin, hidden[part.rows])
+        self._catch_up(
+            part.request
+            for part in committed
+            if part.begin < part.request.num_prefill_tokens or self._num_waiting(part.request) >= _MAX_WAITING
+        )
+
+    def _add(self, request: Request, begin: int, hidden: Tensor) -> None:
+        waiting = self._waiting.get(request)
+        if waiting is None or not waiting.begin <= begin <= waiting.end:
+            waiting = self._waiting[request] = _Waiting(begin, hidden[:0], hidden[:0])
+        # A request that was preempted may compute tokens again.
+        waiting.hidden = torch.cat([waiting.hidden[: begin - waiting.begin], hidden])
+
+    def _num_waiting(self, request: Request) -> int:
+        """Return how many tokens can be computed: those whose next token is known."""
+        waiting = self._waiting[request]
+        return min(waiting.end, len(request.token_ids) - 1) - waiting.begin
+
+    def _catch_up(self, requests: Iterable[Request]) -> None:
+        """Compute the tokens that wait."""
+        behind = [request for request in requests if self._num_waiting(request) > 0]
+        if not behind:
+            return
+        waiting = [self._waiting[request] for request in behind]
+        counts = [self._num_waiting(request) for request in behind]
+        begins = [each.begin for each in waiting]
+        token_ids = [
+            token
+            for request, begin, count in zip(behind, begins, counts, strict=True)
+            for token in request.token_ids[begin + 1 : begin + 1 + count]
+        ]
+        hidden = torch.cat([each.hidden[:count] for each, count in zip(waiting, counts, strict=True)])
+        out = self._forward(behind, begins, counts, token_ids, hidden)
+        for each, count, computed in zip(waiting, counts, out.split(counts), strict=True):
+            each.begin, each.hidden, each.last = each.begin + count, each.hidden[count:], computed[-1:]
+
+    def _forward(
+        self,
+        requests: Sequence[Request],
+        begins: Sequence[int],
+        counts: Sequence[int],
+        token_ids: Sequence[int],
+        hidden: Tensor,
+    ) -> Tensor:
+        """Run the head over ``counts`` places of each request from ``begins`` on."""
+        rows = np.array([request.row for request in requests], np.int32)
+        context, lengths = np.array(begins, np.int32), np.array(counts, np.int32)
+        borders = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(lengths, out=borders[1:])
+        positions = np.arange(borders[-1], dtype=np.int32) + np.repeat(context - borders[:-1], lengths)
+        pages = attention_pages(int((context + lengths).max()))
+        inputs = ModelInputs(
+            token_ids=torch.tensor(token_ids),
+            positions=torch.from_numpy(positions),
+            cu_seqlens=torch.from_numpy(borders),
+            context_lens=torch.from_numpy(context),
+            attention_page_table=torch.from_numpy(self.memory.attention_table[rows, :pages]),
+            rings=torch.from_numpy(self.memory.ring[rows]),
+            logits_rows=torch.from_numpy(borders[1:] - 1).long(),
+            sections=(),
+        )
+        return self.head.forward(hidden, inputs, self.cache)
+
+    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Draft]:
+        """Guess a chain for each request."""
+        self._catch_up(requests)
+        limits = [limit if self._has_pages(r, limit) else 1 for r, limit in zip(requests, limits, strict=True)]
+        drafts = [Draft([]) for _ in requests]
+        chosen = list(range(len(requests)))
+        out = torch.cat([self._waiting[request].last for request in requests])
+        while True:
+            for i, token in zip(chosen, self.model.lm_head(out).argmax(1).tolist(), strict=True):
+                drafts[i].token_ids.append(token)
+            longer = [n for n, i in enumerate(chosen) if len(drafts[i].token_ids) < limits[i]]
+            if not longer:
+                return drafts
+            chosen, out = [chosen[n] for n in longer], out[longer]
+            # The guesses stand behind the last token that is known.
+            begins = [len(requests[i].token_ids) - 2 + len(drafts[i].token_ids) for i in chosen]
+            tokens = [drafts[i].token_ids[-1] for i in chosen]
+            out = self._forward([requests[i] for i in chosen], begins, [1] * len(chosen), tokens, out)
+
+    def _has_pages(self, request: Request, limit: int) -> bool:
+        """Take pages for the keys and values of guesses; return whether there are any."""
+        assert request.row is not None
+        fill = int(self.memory.fill[request.row])
+        return limit == 1 or self.memory.extend(request.row, len(request.token_ids) + limit, fill)
+
+    def forget(self, request: Request, publish: bool) -> None:
+        """Compute what still waits, for later requests that begin with the same tokens."""
+        if publish and request in self._waiting and request.row is not None:
+            self._catch_up([request])
+        self._waiting.pop(request, None)
