@@ -39,12 +39,15 @@ from kvbuffer.cli_options import (
 )
 from kvbuffer.engine import defaults
 from kvbuffer.errors import ConfigError, KVBufferError
+from kvbuffer.instcache.command import instcache
 from kvbuffer.train.command import train
 
 if TYPE_CHECKING:
+    from kvbuffer.engine.async_engine import AsyncEngine
     from kvbuffer.engine.engine import Engine
     from kvbuffer.engine.request import CompletionDelta
     from kvbuffer.engine.sampling_params import SamplingParams
+    from kvbuffer.server.instcache import InstCache
 
 app = typer.Typer(
     help="Serve linear-attention language models with KV buffers.",
@@ -55,6 +58,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(train, name="train")
+app.add_typer(instcache, name="instcache")
 
 
 @app.command()
@@ -88,6 +92,15 @@ def serve(
         typer.Option(exists=True, dir_okay=False, help="Jinja file in place of the model's template."),
     ] = None,
     uvicorn_log_level: Annotated[LogLevel, typer.Option(help="How much the HTTP server logs.")] = LogLevel.WARNING,
+    instcache_store: Annotated[
+        Path | None,
+        typer.Option(
+            "--instcache", exists=True, dir_okay=False, help="Store of predicted answers (kvbuffer instcache fill)."
+        ),
+    ] = None,
+    instcache_sampled: Annotated[
+        bool, typer.Option(help="Answer requests with a temperature from the store, too.")
+    ] = False,
     shutdown_timeout: Annotated[
         float, typer.Option(min=0.0, help="Seconds that running requests get to finish on SIGINT or SIGTERM.")
     ] = 30.0,
@@ -129,6 +142,9 @@ def serve(
     print(engine.plan.describe())
     print(explain())
     async_engine = AsyncEngine(engine)
+    answers = None
+    if instcache_store is not None:
+        answers = open_instcache(instcache_store, async_engine, template, instcache_sampled)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     key = "" if api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
     name = served_model_name or model
@@ -142,7 +158,7 @@ def serve(
         )
 
     server = Server(
-        create_app(async_engine, api_key=api_key, chat_template=template),
+        create_app(async_engine, api_key=api_key, chat_template=template, instcache=answers),
         async_engine,
         shutdown_timeout_s=shutdown_timeout,
         log_level=uvicorn_log_level.value,
@@ -258,6 +274,26 @@ def info(
             enable_prefix_caching=enable_prefix_caching,
         )
         print(engine.plan.describe())
+
+
+def open_instcache(path: Path, async_engine: AsyncEngine, chat_template: str | None, allow_sampled: bool) -> InstCache:
+    """Return the store of predicted answers at ``path``, checked to be those of an engine."""
+    from functools import partial
+
+    from kvbuffer.instcache.identity import Identity
+    from kvbuffer.models.weights import resolve_model
+    from kvbuffer.server.instcache import InstCache
+
+    engine = async_engine.engine
+    folder, plan = resolve_model(engine.config.model), engine.cqil.identity
+    return InstCache(
+        path,
+        partial(Identity.of, folder, engine.tokenizer, chat_template=chat_template, plan=plan),
+        engine.tokenizer,
+        engine.max_model_len,
+        allow_sampled,
+        seconds=lambda num_tokens: num_tokens * async_engine.metrics.seconds_per_token,
+    )
 
 
 def load_engine(**options: Any) -> Engine:

@@ -13,6 +13,10 @@ class ModelError(KVBufferError):
     """A checkpoint that cannot be loaded: unknown architecture, missing or extra weights, wrong shapes."""
 
 
+class StoreError(KVBufferError):
+    """A file of the predictive cache that is torn, foreign or outdated."""
+
+
 class CapacityError(KVBufferError):
     """The memory budget is too small for what was asked."""
 

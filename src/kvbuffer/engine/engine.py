@@ -50,6 +50,7 @@ class Engine:
         model_config: the model's shape.
         tokenizer: the model's tokenizer.
         plan: how memory is divided.
+        cqil: which layers are computed at once.
         max_model_len: longest request in tokens, prompt and output.
         eos_token_ids: tokens that end a request unless it ignores them.
         generation_defaults: the model's own sampling defaults, for requests that do not say.
@@ -71,7 +72,7 @@ class Engine:
         if generation.get("do_sample") is False:
             self.generation_defaults = {"temperature": 0.0}
         self.eos_token_ids = _eos_token_ids(generation, model_config, tokenizer)
-        cqil = NO_GROUPS if config.cqil is None else CqilPlan.load(config.cqil)
+        self.cqil = cqil = NO_GROUPS if config.cqil is None else CqilPlan.load(config.cqil)
         if config.cqil is not None:
             cqil.check(folder, model_config)
         self._model = Decoder(

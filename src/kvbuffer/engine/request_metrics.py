@@ -86,6 +86,11 @@ class RequestMetrics:
         self.finished: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
 
+    @property
+    def seconds_per_token(self) -> float:
+        """From arrival to the end, per output token, over all requests that have ended; 0 before the first."""
+        return self.e2e_latency.sum / max(1, self.generation_tokens)
+
     def observe(self, times: RequestTimes, delta: CompletionDelta, now: float) -> None:
         """Account for one delta that reached the event loop at ``now``; advances ``times``."""
         if delta.token_ids:

@@ -15,6 +15,8 @@ from kvbuffer.engine.async_engine import AsyncEngine
 from kvbuffer.server.body import StrictJSONRoute
 from kvbuffer.server.chat_protocol import ChatCompletionRequest, TokenizeRequest
 from kvbuffer.server.errors import APIError, install_error_handlers
+from kvbuffer.server.instcache import InstCache
+from kvbuffer.server.instcache_metrics import InstCacheCollector
 from kvbuffer.server.metrics import make_registry
 from kvbuffer.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware
 from kvbuffer.server.protocol import CompletionRequest, DetokenizeRequest, TokenizeTextRequest
@@ -29,6 +31,7 @@ def create_app(
     *,
     api_key: str | None = None,
     chat_template: str | None = None,
+    instcache: InstCache | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """Return the ASGI application; its lifespan starts and stops ``engine``.
@@ -37,9 +40,10 @@ def create_app(
         engine: serves the requests; not yet started.
         api_key: what clients must send as ``Authorization: Bearer``; None lets everyone in.
         chat_template: Jinja source that replaces the model's own chat template.
+        instcache: answers first turns that were predicted.
         max_body_bytes: larger bodies are answered with 413.
     """
-    serving = Serving(engine, chat_template)
+    serving = Serving(engine, chat_template, instcache)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -47,6 +51,8 @@ def create_app(
         yield
         await engine.shutdown()
         serving.prompts.close()
+        if instcache is not None:
+            instcache.close()
 
     app = FastAPI(title="kvbuffer", version=__version__, lifespan=lifespan)
     app.router.route_class = StrictJSONRoute
@@ -124,6 +130,8 @@ def _add_token_routes(app: FastAPI, serving: Serving) -> None:
 
 def _add_operations_routes(app: FastAPI, serving: Serving) -> None:
     registry = make_registry(serving.engine, serving.model_name)
+    if serving.instcache is not None:
+        registry.register(InstCacheCollector(serving.instcache, serving.model_name))
 
     @app.get("/health")
     @app.get("/ping")

@@ -31,6 +31,7 @@ class Reply(ABC):
 
     Attributes:
         request_id: id of the answer; the engine's request of choice ``i`` is ``f"{request_id}-{i}"``.
+        instcache_hit: whether the answer comes from the predictive cache; its usage says so.
     """
 
     object_name: str
@@ -49,6 +50,7 @@ class Reply(ABC):
         return_token_ids: bool = False,
     ) -> None:
         self.request_id = request_id
+        self.instcache_hit = False
         self._model = model
         self._created = int(time.time())
         num_choices = num_prompts * choices_per_prompt
@@ -132,11 +134,14 @@ class Reply(ABC):
         choices = [last for last in self._last if last is not None]
         completion_tokens = sum(last.num_output_tokens for last in choices)
         accepted = sum(last.num_accepted_tokens for last in choices)
+        details: dict[str, Any] = {"cached_tokens": sum(last.num_cached_tokens for last in prompts)}
+        if self.instcache_hit:
+            details["instcache_hit"] = True
         usage: dict[str, Any] = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(last.num_cached_tokens for last in prompts)},
+            "prompt_tokens_details": details,
         }
         if drafted := sum(last.num_draft_tokens for last in choices):
             usage["completion_tokens_details"] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from kvbuffer.engine.request import RequestOptions
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.server.chat_protocol import ChatCompletionRequest
 from kvbuffer.server.errors import APIError
+from kvbuffer.server.instcache import InstCache, stored_response
 from kvbuffer.server.prompts import PromptEncoder
 from kvbuffer.server.protocol import CompletionRequest, SamplingBody
 from kvbuffer.server.reply import ChatReply, CompletionReply, Reply
@@ -38,12 +40,15 @@ class Serving:
         prompts: makes token ids of texts and conversations.
         model_name: the name that requests call the model by.
         token_text: text of one token id, special tokens included.
+        instcache: answers that were predicted, or None.
     """
 
-    def __init__(self, engine: AsyncEngine, chat_template: str | None = None) -> None:
+    def __init__(
+        self, engine: AsyncEngine, chat_template: str | None = None, instcache: InstCache | None = None
+    ) -> None:
         tokenizer = engine.engine.tokenizer
         config = engine.engine.config
-        self.engine = engine
+        self.engine, self.instcache = engine, instcache
         self.prompts = PromptEncoder(tokenizer, chat_template)
         self.model_name: str = config.served_model_name or config.model
         self.token_text = cache(lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False))
@@ -57,18 +62,20 @@ class Serving:
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answer ``/v1/chat/completions``."""
         self.check_model(body.model)
-        prompt = await self.prompts.render(body)
-        max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        params = self._sampling_params(body, max_tokens, num_logprobs)
+        params = chat_sampling_params(body, self.engine.engine.generation_defaults)
         reply = ChatReply(
-            _request_id("chatcmpl", body),
+            request_id("chatcmpl", body),
             self.model_name,
             num_prompts=1,
             choices_per_prompt=params.n,
             token_text=self.token_text,
-            **_reply_options(body),
+            **reply_options(body),
         )
+        if self.instcache is not None:
+            delta = self.instcache.answer(body, params, f"{reply.request_id}-0")
+            if delta is not None:
+                return stored_response(delta, reply, bool(body.stream))
+        prompt = await self.prompts.render(body)
         return await self._answer(body, request, [prompt], params, reply)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -78,15 +85,15 @@ class Serving:
         encoded = iter(await self.prompts.encode(texts, body.add_special_tokens))
         prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
         max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        params = self._sampling_params(body, max_tokens, body.logprobs)
+        params = _sampling_params(body, self.engine.engine.generation_defaults, max_tokens, body.logprobs)
         reply = CompletionReply(
-            _request_id("cmpl", body),
+            request_id("cmpl", body),
             self.model_name,
             choices_per_prompt=params.n,
             token_text=self.token_text,
             prompts=prompts,
             echoes=[self._echo(body, prompt) for prompt in body.prompt],
-            **_reply_options(body),
+            **reply_options(body),
         )
         return await self._answer(body, request, prompts, params, reply)
 
@@ -104,13 +111,6 @@ class Serving:
         for token_id in token_ids:
             if not 0 <= token_id < vocab_size:
                 raise APIError(400, f"Token id {token_id} is outside the vocabulary (0 to {vocab_size - 1}).", param)
-
-    def _sampling_params(self, body: SamplingBody, max_tokens: int | None, num_logprobs: int | None) -> SamplingParams:
-        """Return the parameters: the request's, else the model's own defaults, else the usual ones."""
-        fields: dict[str, Any] = dict(self.engine.engine.generation_defaults)
-        fields |= {name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
-        fields |= {"max_tokens": max_tokens, "logprobs": num_logprobs}
-        return SamplingParams(**fields)
 
     async def _answer(
         self,
@@ -131,11 +131,32 @@ class Serving:
         return await whole_answer(request, deltas, reply, with_logprobs=params.logprobs is not None)
 
 
-def _request_id(prefix: str, body: SamplingBody) -> str:
+def chat_sampling_params(body: ChatCompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
+    """Return a conversation's parameters: the request's, else the model's own defaults, else the usual ones.
+
+    Raises:
+        InvalidRequestError: one is out of range.
+    """
+    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    return _sampling_params(body, defaults, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+
+
+def _sampling_params(
+    body: SamplingBody, defaults: Mapping[str, Any], max_tokens: int | None, num_logprobs: int | None
+) -> SamplingParams:
+    fields = dict(defaults)
+    fields |= {name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
+    fields |= {"max_tokens": max_tokens, "logprobs": num_logprobs}
+    return SamplingParams(**fields)
+
+
+def request_id(prefix: str, body: SamplingBody) -> str:
+    """Return the id of an answer: the request's own, or a fresh one."""
     return f"{prefix}-{body.request_id or uuid.uuid4().hex}"
 
 
-def _reply_options(body: SamplingBody) -> dict[str, bool]:
+def reply_options(body: SamplingBody) -> dict[str, bool]:
+    """Return what a request says about the form of its answer, as options of ``Reply``."""
     options = {"return_token_ids": bool(body.return_token_ids)}
     if body.stream_options is not None:
         options["include_usage"] = bool(body.stream_options.include_usage)
