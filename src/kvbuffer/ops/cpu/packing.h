@@ -9,6 +9,14 @@ template <class C>
 static inline void pack_row_block(C, const float* from, int64_t count, float, typename C::Row* to) {
   for (int i = 0; i < C::kBlock; ++i) from_float(i < count ? from[i] : 0.f, to + i);
 }
+#if defined(__AVX512BF16__)
+static inline void pack_row_block(PairDot, const float* from, int64_t count, float, bf16* to) {
+  float x[PairDot::kBlock] = {};
+  std::memcpy(x, from, count * sizeof(float));
+  const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(load(x)));
+  std::memcpy(to, &rounded, sizeof(rounded));
+}
+#endif
 #if defined(__AVX512FP16__)
 // 2^n for n within the exponents of normal numbers.
 static inline float power_of_two(int n) {
