@@ -2,15 +2,17 @@
 #pragma once
 #include <omp.h>
 
+#include <atomic>
+#include <vector>
+
 #include "packing.h"
 
 namespace kvb {
 
-// Blocking for large M: a thread's packed rows stay in its L2 cache. Rows beyond kRowBytes are packed in slices of K,
-// and a slice is used for kGroupPanels panels, whose sums wait for the next slice.
-constexpr int64_t kBlockRows = 12 * kMaxRows;
+// Blocking for large M: rows are packed and multiplied in blocks that stay in a thread's L2 cache, but of no fewer rows
+// than it takes to hide the reading of the weights.
 constexpr int64_t kRowBytes = 512 * 1024;
-constexpr int64_t kGroupPanels = 32;
+constexpr int64_t kFewestTiles = 2, kMostTiles = 12;
 // Below this many multiply-adds waking the other threads costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 18;
 
@@ -34,39 +36,55 @@ struct DenseScratch {
   }
 };
 
-// The calling thread's share of the products of x [m, K] with the weights. Panels are taken in sets of kSet, and
+// Who computes what of one product. A thread takes its own share from front to back, so that it streams weights that lie
+// together, and then helps others with theirs: cores are rarely all free all the time, a server's event loop runs on one.
+// To be made before the parallel region.
+class Shares {
+ public:
+  Shares() : taken_(omp_get_max_threads()) {}
+
+  // Calls run(unit) for units that no other thread takes, until none is left.
+  template <class Run>
+  void take(int64_t units, Run run) {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t owner = (thread + i) % threads;
+      const int64_t begin = units * owner / threads, end = units * (owner + 1) / threads;
+      for (int64_t unit; (unit = begin + taken_[owner].units.fetch_add(1, std::memory_order_relaxed)) < end;) run(unit);
+    }
+  }
+
+ private:
+  struct alignas(64) Taken {
+    std::atomic<int64_t> units{0};
+  };
+  std::vector<Taken> taken_;
+};
+
+// The calling thread's part of the products of x [m, K] with the weights. Panels are taken in sets of kSet, and
 // store(row, panel, sums, stride) gets the finished sums of one row: those of panel + p at sums + p * stride.
 template <int64_t kSet, class C, class Store>
-static void multiply_share(const float* x, int64_t x_stride, int64_t m, const Dense<C>& w, Store store) {
+static void multiply_part(Shares& shares, const float* x, int64_t x_stride, int64_t m, const Dense<C>& w, Store store) {
   using Row = typename C::Row;
   DenseScratch& scratch = DenseScratch::of_thread();
-  const int64_t width = w.width(), sets = w.panels / kSet, row_blocks = ceil_div(m, kBlockRows);
-  const int64_t units = row_blocks * sets, threads = omp_get_num_threads(), thread = omp_get_thread_num();
-  const int64_t last = units * (thread + 1) / threads;
+  const int64_t width = w.width(), row_width = packed_width<C>(width), sets = w.panels / kSet;
+  const int64_t fitting = kRowBytes / (row_width * static_cast<int64_t>(sizeof(Row))) / kMaxRows;
+  const int64_t row_blocks = ceil_div(m, std::clamp(fitting, kFewestTiles, kMostTiles) * kMaxRows);
+  const auto first_row = [&](int64_t row_block) { return m * row_block / row_blocks; };
   int64_t packed_block = -1;
-  for (int64_t unit = units * thread / threads; unit < last;) {
-    const int64_t row_block = unit / sets, set = unit % sets;
-    const int64_t first_row = m * row_block / row_blocks, rows = m * (row_block + 1) / row_blocks - first_row;
-    const int64_t slice_blocks = std::max<int64_t>(1, kRowBytes / (rows * C::kRowBlock * sizeof(Row)));
-    const int64_t slice = std::min(width, slice_blocks * C::kBlock);
-    const int64_t group = slice == width ? 1 : std::min({kGroupPanels / kSet, sets - set, last - unit});
+  shares.take(row_blocks * sets, [&](int64_t unit) {
+    const int64_t row_block = unit / sets, panel = unit % sets * kSet;
+    const int64_t first = first_row(row_block), rows = first_row(row_block + 1) - first;
     const Tiles tiles(rows);
-    Row* row = scratch.rows.get<Row>(rows * packed_width<C>(slice));
-    float* sums = scratch.sums.get<float>(group * kSet * rows * kPanel);
-    for (int64_t begin = 0; begin < width; begin += slice) {
-      const int64_t depth = std::min(slice, width - begin);
-      if (depth < width || packed_block != row_block)
-        pack_rows<C>(tiles, [&](int64_t i) { return x + (first_row + i) * x_stride; }, begin, depth, w.k, w.scale, row);
-      packed_block = row_block;
-      for (int64_t p = 0; p < group * kSet; ++p)
-        multiply<C>(tiles, row, packed_width<C>(depth), w.packed + ((set * kSet + p) * width + begin) * kPanel, depth,
-                    begin == 0, sums + p * rows * kPanel);
-    }
-    for (int64_t s = 0; s < group; ++s)
-      for (int64_t r = 0; r < rows; ++r)
-        store(first_row + r, (set + s) * kSet, sums + (s * kSet * rows + r) * kPanel, rows * kPanel);
-    unit += group;
-  }
+    Row* row = scratch.rows.get<Row>(rows * row_width);
+    float* sums = scratch.sums.get<float>(kSet * rows * kPanel);
+    if (packed_block != row_block)
+      pack_rows<C>(tiles, [&](int64_t r) { return x + (first + r) * x_stride; }, w.k, w.scale, row);
+    packed_block = row_block;
+    for (int64_t p = 0; p < kSet; ++p)
+      multiply<C>(tiles, row, row_width, w.packed + (panel + p) * width * kPanel, width, sums + p * rows * kPanel);
+    for (int64_t r = 0; r < rows; ++r) store(first + r, panel, sums + r * kPanel, rows * kPanel);
+  });
 }
 
 }  // namespace kvb

@@ -268,17 +268,16 @@ struct Tiles {
   int64_t count, base, extra;
 };
 
-// c [rows][kPanel] (+)= packed rows * one panel over `depth` columns of K. A tile of packed rows starts at its first
-// row * x_stride.
+// c [rows][kPanel] = packed rows * one panel of `depth` columns. A tile of packed rows starts at its first row * x_stride.
 template <class C>
 static void multiply(const Tiles& tiles, const typename C::Row* x, int64_t x_stride, const typename C::Element* w,
-                     int64_t depth, bool first, float* c) {
+                     int64_t depth, float* c) {
   constexpr int64_t kSlice = kSliceBytes / (kPanel * sizeof(typename C::Element)) / C::kBlock * C::kBlock;
   for (int64_t k = 0; k < depth; k += kSlice)
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t rows = tiles.size(t), begin = tiles.begin(t);
       multiply_tile<C>(rows, x + begin * x_stride + packed_width<C>(k) * rows, w + k * kPanel,
-                       std::min(kSlice, depth - k) / C::kBlock, first && k == 0, c + begin * kPanel);
+                       std::min(kSlice, depth - k) / C::kBlock, k == 0, c + begin * kPanel);
     }
 }
 

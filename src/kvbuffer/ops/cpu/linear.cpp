@@ -52,8 +52,9 @@ struct Output {
 
 template <class C>
 static void linear(const float* x, int64_t x_stride, int64_t m, const Dense<C>& w, const Output& output) {
+  Shares shares;
 #pragma omp parallel if (w.work(m) >= kSerialWork)
-  multiply_share<1>(x, x_stride, m, w, output);
+  multiply_part<1>(shares, x, x_stride, m, w, output);
 }
 
 // The same on rows that make_row(row, to) writes first.
@@ -61,11 +62,12 @@ template <class C, class MakeRow>
 static void linear_of(MakeRow make_row, int64_t m, const Dense<C>& w, const Output& output) {
   static thread_local Workspace space;
   float* x = space.get<float>(m * w.k);
+  Shares shares;
 #pragma omp parallel if (w.work(m) >= kSerialWork)
   {
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < m; ++r) make_row(r, x + r * w.k);
-    multiply_share<1>(x, w.k, m, w, output);
+    multiply_part<1>(shares, x, w.k, m, w, output);
   }
 }
 
@@ -73,7 +75,7 @@ template <class C>
 static void pack(const typename C::Source* weight, int64_t n, int64_t k, float weight_scale,
                  typename C::Element* packed) {
   const int64_t panels = ceil_div(n, kPanel), panel_size = padded_k<C>(k) * kPanel;
-  // The same split as in linear(): on machines with several memory nodes each thread reads pages near it.
+  // The same split as in multiply_part(): on machines with several memory nodes each thread reads pages near it.
 #pragma omp parallel
   {
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();

@@ -28,6 +28,7 @@ static void mlp(const Input& input, const Dense<C>& gate_up, const Dense<C>& dow
   static thread_local Workspace normed_space, hidden_space;
   float* hidden = hidden_space.get<float>(m * i);
   float* normed = input.residual ? normed_space.get<float>(m * h) : nullptr;
+  Shares gate_up_shares, down_shares;
 #pragma omp parallel if (gate_up.work(m) >= kSerialWork)
   {
     if (normed) {
@@ -35,13 +36,13 @@ static void mlp(const Input& input, const Dense<C>& gate_up, const Dense<C>& dow
       for (int64_t r = 0; r < m; ++r)
         add_rms_norm_row(input.x + r * input.stride, input.residual + r * h, input.norm, input.eps, h, normed + r * h);
     }
-    multiply_share<2>(normed ? normed : input.x, normed ? h : input.stride, m, gate_up,
-                      [&](int64_t row, int64_t panel, const float* sums, int64_t up) {
-                        const int64_t column = panel / 2 * kPanel;
-                        store_hidden(sums, sums + up, std::min<int64_t>(kPanel, i - column), hidden + row * i + column);
-                      });
+    multiply_part<2>(gate_up_shares, normed ? normed : input.x, normed ? h : input.stride, m, gate_up,
+                     [&](int64_t row, int64_t panel, const float* sums, int64_t up) {
+                       const int64_t column = panel / 2 * kPanel;
+                       store_hidden(sums, sums + up, std::min<int64_t>(kPanel, i - column), hidden + row * i + column);
+                     });
 #pragma omp barrier
-    multiply_share<1>(hidden, i, m, down, [&](int64_t row, int64_t panel, const float* sums, int64_t) {
+    multiply_part<1>(down_shares, hidden, i, m, down, [&](int64_t row, int64_t panel, const float* sums, int64_t) {
       const int64_t column = panel * kPanel;
       store_columns(sums, std::min<int64_t>(kPanel, h - column), out + row * h + column);
     });

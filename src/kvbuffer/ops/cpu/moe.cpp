@@ -69,15 +69,15 @@ static void moe_mlp(const float* x, int64_t x_stride, const int32_t* ids, const 
       const Group& group = groups[task / chunks];
       const Tiles tiles(group.rows);
       if (packed_group != task / chunks)
-        pack_rows<C>(tiles, [&](int64_t r) { return x + order[group.begin + r] / topk * x_stride; }, 0, shape.depth_h,
-                     shape.h, scales.gate_up, rows);
+        pack_rows<C>(tiles, [&](int64_t r) { return x + order[group.begin + r] / topk * x_stride; }, shape.h,
+                     scales.gate_up, rows);
       packed_group = task / chunks;
       const int64_t first = task % chunks * kPairsPerTask, last = std::min(first + kPairsPerTask, shape.pairs());
       for (int64_t pair = first; pair < last; ++pair) {
         const auto* panel = gate_up + group.expert * shape.gate_up_size() + pair * 2 * kPanel * shape.depth_h;
         float* up = sums + group.rows * kPanel;
-        multiply<C>(tiles, rows, width_h, panel, shape.depth_h, true, sums);
-        multiply<C>(tiles, rows, width_h, panel + kPanel * shape.depth_h, shape.depth_h, true, up);
+        multiply<C>(tiles, rows, width_h, panel, shape.depth_h, sums);
+        multiply<C>(tiles, rows, width_h, panel + kPanel * shape.depth_h, shape.depth_h, up);
         for (int64_t r = 0; r < group.rows; ++r)
           store_hidden(sums + r * kPanel, up + r * kPanel, std::min<int64_t>(kPanel, shape.i - pair * kPanel),
                        hidden + (group.begin + r) * shape.i + pair * kPanel);
@@ -85,16 +85,15 @@ static void moe_mlp(const float* x, int64_t x_stride, const int32_t* ids, const 
     }
 #pragma omp for schedule(dynamic)
     for (size_t g = 0; g < groups.size(); ++g)
-      pack_rows<C>(Tiles(groups[g].rows), [&](int64_t r) { return hidden + (groups[g].begin + r) * shape.i; }, 0,
-                   shape.depth_i, shape.i, scales.down, packed_hidden + groups[g].begin * width_i);
+      pack_rows<C>(Tiles(groups[g].rows), [&](int64_t r) { return hidden + (groups[g].begin + r) * shape.i; }, shape.i,
+                   scales.down, packed_hidden + groups[g].begin * width_i);
     float* totals = sums + kGroupRows * kPanel;
 #pragma omp for schedule(dynamic)
     for (int64_t panel = 0; panel < shape.panels(); ++panel) {
       std::fill(totals, totals + m * kPanel, 0.f);
       for (const Group& group : groups) {
         const auto* weight = down + group.expert * shape.down_size() + panel * kPanel * shape.depth_i;
-        multiply<C>(Tiles(group.rows), packed_hidden + group.begin * width_i, width_i, weight, shape.depth_i, true,
-                    sums);
+        multiply<C>(Tiles(group.rows), packed_hidden + group.begin * width_i, width_i, weight, shape.depth_i, sums);
         for (int64_t r = 0; r < group.rows; ++r) {
           const int64_t slot = order[group.begin + r];
           float* total = totals + slot / topk * kPanel;

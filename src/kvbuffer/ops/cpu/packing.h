@@ -47,20 +47,18 @@ static inline void pack_row_block(Half, const float* from, int64_t count, float 
 }
 #endif
 
-// Packs columns [k, k + width) of all rows; row(i) points to row i, which ends at column `total_k` and is zero padded.
+// Packs rows of k columns; row(i) points to row i.
 template <class C, class RowAt>
-static void pack_rows(const Tiles& tiles, RowAt row, int64_t k, int64_t width, int64_t total_k, float weight_scale,
-                      typename C::Row* packed) {
+static void pack_rows(const Tiles& tiles, RowAt row, int64_t k, float weight_scale, typename C::Row* packed) {
   for (int64_t t = 0; t < tiles.count; ++t)
-    for (int64_t block = 0; block < width; block += C::kBlock)
+    for (int64_t begin = 0; begin < k; begin += C::kBlock)
       for (int64_t r = 0; r < tiles.size(t); ++r, packed += C::kRowBlock) {
-        const float* from = row(tiles.begin(t) + r) + k + block;
-        const int64_t left = total_k - k - block;
+        const float* from = row(tiles.begin(t) + r) + begin;
         // Two calls, so that the common one has a constant count.
-        if (left >= C::kBlock)
+        if (k - begin >= C::kBlock)
           pack_row_block(C{}, from, C::kBlock, weight_scale, packed);
         else
-          pack_row_block(C{}, from, left, weight_scale, packed);
+          pack_row_block(C{}, from, k - begin, weight_scale, packed);
       }
 }
 
