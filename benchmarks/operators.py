@@ -1,8 +1,10 @@
-"""Where the time of one of our decode steps goes: a row per operator, beside the least time this machine allows it.
+"""Where the time of one of our steps goes: a row per operator, beside the least time this machine allows it.
 
-The engine runs in this process with every operator wrapped in a clock. Times are means over whole buffer cycles, so
-that the cost of folds is spread as it is in service, and medians over cycles. The bound of an operator is the larger of
-the bytes it cannot avoid moving over the measured read bandwidth, and its arithmetic over the measured peak.
+The engine runs in this process with every operator wrapped in a clock, as it is served in serve.py, but that memory
+has been used before: what a machine takes to hand out new pages is no operator's time. All requests are in every step
+of decode that counts. Times are means over windows of whole buffer cycles, so that the cost of folds is spread as it is in
+service, and medians over windows. The bound of an operator is the larger of the bytes it cannot avoid moving over the
+measured read bandwidth, and its arithmetic over the measured peak.
 
     python benchmarks/operators.py [--model dense] [--concurrency 1 8 32]
 """
@@ -22,20 +24,23 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
-from checkpoints import KINDS, checkpoint
+from checkpoints import KINDS, VOCAB_SIZE, checkpoint
 from kvbuffer import LLM, SamplingParams
 from kvbuffer.bench import machine
 from kvbuffer.engine import engine as engine_module
 from kvbuffer.engine.engine import Engine
+from kvbuffer.engine.forms import LONGEST_BUFFER
 from kvbuffer.engine.runner import Runner
 from kvbuffer.models import decoder, layers
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.mlp import SwigluMlp
 from peers import MAX_MODEL_LEN
-from report import show_operators
+from report import PREFILL, show_operators
 
-_CYCLES = 3
+_WINDOWS = 3
+_WINDOW_STEPS = LONGEST_BUFFER  # whole cycles of every buffer, whose lengths are powers of two
 _PROMPT_LEN = 64
+_PREFILL_PROMPTS, _PREFILL_LEN = 8, 512
 
 
 class Work(NamedTuple):
@@ -82,60 +87,84 @@ class Clock:
 def install(clock: Clock) -> None:
     """Wraps the operators where the model looks them up, and the engine's own stages."""
     for module, name, describe in (
+        (layers, "recurrent_decode", _recurrent_decode),
         (layers, "buffered_decode", _buffered_decode),
+        (layers, "buffered_verify", _buffered_verify),
+        (layers, "chunked_prefill", _chunked_prefill),
         (layers, "paged_attention", _paged_attention),
         (layers, "moe_mlp", _moe_mlp),
         *((layers, name, _streaming(name)) for name in ("attention_inputs", "route", "add_rms_norm")),
-        *((layers, name, _streaming(name)) for name in ("causal_conv", "gated_delta_inputs", "chunked_prefill")),
+        *((layers, name, _streaming(name)) for name in ("causal_conv", "gated_delta_inputs")),
         (engine_module, "sample", _streaming("sample")),
         *((Linear, name, _linear) for name in ("__call__", "of_add_rms_norm", "of_gated_rms_norm")),
         *((SwigluMlp, name, _swiglu_mlp) for name in ("__call__", "of_add_rms_norm")),
         (decoder.Decoder, "forward", _stage("embedding and Python between operators")),
+        (Runner, "do_memory_work", _stage("copies and folds between requests")),
         (Runner, "_inputs", _stage("building the batch")),
         (Engine, "step", _stage("scheduling, committing, text")),
     ):
         setattr(module, name, clock.wrap(getattr(module, name), describe))
 
 
-def profile(clock: Clock, kind: str, concurrency: int, limits: dict) -> list[dict]:
+def profile_decode(clock: Clock, engine: Engine, concurrency: int, limits: dict) -> list[dict]:
     """Per-operator rows of a decode step with this many requests, the slowest first.
 
     Args:
         clock: the installed clock.
-        kind: dense or moe.
+        engine: an idle one, for at least so many requests.
         concurrency: requests that decode together.
         limits: read_bandwidth and peaks of this machine, as machine.measure_limits gives them.
     """
-    options = {"dtype": "bfloat16", "max_model_len": MAX_MODEL_LEN, "show_progress": False}
-    llm = LLM(str(checkpoint(kind)), max_num_seqs=concurrency, **options)
-    engine = llm.engine
-    cycle = engine.plan.buffer_len
-    params = SamplingParams(temperature=0, max_tokens=(_CYCLES + 1) * cycle + 2, ignore_eos=True)
-    generator = torch.Generator().manual_seed(0)
-    for number in range(concurrency):
-        prompt = torch.randint(3, 32768, (_PROMPT_LEN,), generator=generator).tolist()
-        engine.add_request(str(number), prompt, params)
-    while not all(delta.num_output_tokens > 1 for delta in engine.step()):
-        pass  # prefill, and the first decode step of everyone
-    for _ in range(cycle):
-        engine.step()
-    clock.take()
-    cycles = []
-    for _ in range(_CYCLES):
-        for _ in range(cycle):
+    for _ in range(2):
+        _submit(engine, concurrency, _PROMPT_LEN, _WINDOW_STEPS)
+        while engine.has_work():
             engine.step()
-        cycles.append(clock.take())
-    while engine.has_work():
-        engine.step()
-    return _rows(cycles, cycle, limits)
+    _submit(engine, concurrency, _PROMPT_LEN, MAX_MODEL_LEN - _PROMPT_LEN)
+    while len(engine.step()) < concurrency:
+        pass  # prefill, until all decode
+    windows = []
+    for window in range(-1, _WINDOWS):
+        for _ in range(_WINDOW_STEPS):
+            if len(engine.step()) != concurrency:
+                raise RuntimeError(f"a step did not hold all {concurrency} requests")
+        taken = clock.take()
+        if window >= 0:
+            windows.append(taken)
+    for number in range(concurrency):
+        engine.abort_request(str(number))
+    return _rows(windows, _WINDOW_STEPS, limits)
 
 
-def _rows(cycles: list[tuple[dict, dict]], steps: int, limits: dict) -> list[dict]:
+def profile_prefill(clock: Clock, engine: Engine, limits: dict) -> list[dict]:
+    """Per-operator rows of a step of prefill; for the arguments see profile_decode."""
+    windows, steps = [], 0
+    for window in range(-1, _WINDOWS):
+        _submit(engine, _PREFILL_PROMPTS, _PREFILL_LEN, 1)
+        steps = 0
+        while engine.has_work():
+            engine.step()
+            steps += 1
+        taken = clock.take()
+        if window >= 0:
+            windows.append(taken)
+    return _rows(windows, steps, limits)
+
+
+def _submit(engine: Engine, count: int, prompt_len: int, output_len: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+    for number in range(count):
+        prompt = torch.randint(3, VOCAB_SIZE, (prompt_len,), generator=generator).tolist()
+        engine.add_request(str(number), prompt, params)
+
+
+def _rows(windows: list[tuple[dict, dict]], steps: int, limits: dict) -> list[dict]:
     flops_per_s = max(limits[name] for name in limits if name.endswith("_peak"))
     rows = []
-    for label in cycles[0][0]:
-        seconds = median(times[label] / steps for times, _ in cycles)
-        calls, num_bytes, num_flops = (mean(work[label][place] / steps for _, work in cycles) for place in range(3))
+    for label in {label: None for times, _ in windows for label in times}:
+        seconds = median(times.get(label, 0.0) / steps for times, _ in windows)
+        works = [work.get(label, (0, 0, 0)) for _, work in windows]
+        calls, num_bytes, num_flops = (mean(work[place] / steps for work in works) for place in range(3))
         bound = max(num_bytes / limits["read_bandwidth"], num_flops / flops_per_s)
         row = {"operator": label, "calls": calls, "seconds": seconds}
         rows.append({**row, "bytes": num_bytes, "flops": num_flops, "bound_s": bound})
@@ -183,7 +212,36 @@ def _moe_mlp(result, x, expert_ids, expert_weights, experts) -> Work:
 def _paged_attention(result, q, pages, page_table, cu_seqlens, context_lens, gate=None) -> Work:
     tokens = int(context_lens.sum()) + q.shape[0]
     num_bytes = tokens * pages[0, :, :, 0].nbytes + _nbytes(q, result)
-    return Work("paged_attention", num_bytes, 4 * tokens * q.shape[1] * q.shape[2])
+    lengths = cu_seqlens.diff()
+    pairs = int((lengths * context_lens + lengths * (lengths + 1) // 2).sum())  # of a query and a key it sees
+    return Work("paged_attention", num_bytes, 4 * pairs * q.shape[1] * q.shape[2])
+
+
+def _recurrent_decode(result, rule, tokens, states, slots) -> Work:
+    heads, key_dim, value_dim = states.data.shape[1:]
+    state_bytes = 2 * slots.numel() * states.data[0].nbytes  # read and written
+    return Work(
+        "recurrent_decode",
+        state_bytes + _nbytes(*tokens[:3], result),
+        6 * slots.numel() * heads * key_dim * value_dim,
+    )
+
+
+def _chunked_prefill(result, rule, tokens, states, slots, cu_seqlens, fresh) -> Work:
+    # Of the arithmetic, only what does not depend on how tokens are taken together: the products with the state.
+    heads, key_dim, value_dim = states.data.shape[1:]
+    state_bytes = (2 * slots.numel() - int(fresh.sum())) * states.data[0].nbytes
+    num_flops = 6 * result.shape[0] * heads * key_dim * value_dim
+    return Work("chunked_prefill", state_bytes + _nbytes(*tokens[:3], result), num_flops)
+
+
+def _buffered_verify(result, rule, tokens, states, slots, records, page_table, fill, cu_seqlens, parents=None) -> Work:
+    with_state = slots >= 0
+    heads, key_dim, value_dim = states.data.shape[1:]
+    state_bytes = int(with_state.sum()) * states.data[0].nbytes
+    record_bytes = (int(fill.sum()) + result.shape[0]) * sum(pool[0, :, 0].nbytes for pool in records)
+    num_flops = 4 * int((cu_seqlens.diff() * with_state).sum()) * heads * key_dim * value_dim
+    return Work("buffered_verify", state_bytes + record_bytes + _nbytes(*tokens[:3], result), num_flops)
 
 
 def _buffered_decode(result, rule, tokens, states, slots, records, page_table, fill, fold) -> Work:
@@ -211,7 +269,10 @@ if __name__ == "__main__":
     limits = args.limits or machine.measure_limits()
     clock = Clock()
     install(clock)
-    profiles = {str(count): profile(clock, args.model, count, limits) for count in args.concurrency}
+    options = {"dtype": "bfloat16", "max_model_len": MAX_MODEL_LEN, "enable_prefix_caching": False}
+    llm = LLM(str(checkpoint(args.model)), max_num_seqs=max(args.concurrency), show_progress=False, **options)
+    profiles = {str(count): profile_decode(clock, llm.engine, count, limits) for count in args.concurrency}
+    profiles[PREFILL] = profile_prefill(clock, llm.engine, limits)
     if args.json:
         json.dump(profiles, sys.stdout)
     else:

@@ -7,6 +7,9 @@ from rich.table import Table
 
 from peers import OURS
 
+#: Names the profile of a step of prefill among those of decode steps, which are named by their number of requests.
+PREFILL = "prefill"
+
 _WITHHELD = "withheld (accuracy gate red)"
 _SHOWN = {
     "output_tps": ("end to end tok/s", 1, 1),
@@ -69,13 +72,14 @@ def show(result: dict, console: Console) -> None:
 
 
 def show_operators(profiles: dict[str, list[dict]], console: Console) -> None:
-    """Prints a table per concurrency."""
-    for concurrency, rows in profiles.items():
+    """Prints a table per profile."""
+    for name, rows in profiles.items():
         total, bound = sum(row["seconds"] for row in rows), sum(row["bound_s"] for row in rows)
-        title = f"One decode step, {concurrency} requests: {1e3 * total:.2f} ms (bound {1e3 * bound:.2f} ms)"
+        what = "One step of prefill" if name == PREFILL else f"One decode step, {name} requests"
+        title = f"{what}: {1e3 * total:.2f} ms (bound {1e3 * bound:.2f} ms)"
         table = Table("operator", title=title, title_justify="left")
-        for name in ("calls", "us", "share", "MB", "MFLOP", "bound us"):
-            table.add_column(name, justify="right", no_wrap=True)
+        for column in ("calls", "us", "share", "MB", "MFLOP", "bound us"):
+            table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
             moves = bool(row["bytes"])
             table.add_row(

@@ -9,6 +9,7 @@
 // context_lens  [S]              int32               read: position of each sequence's first token
 // out           [N, C]           float32             written: silu(conv(x))
 #include <algorithm>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -26,13 +27,17 @@ struct Conv {
 
 // Below this many outputs waking the other threads costs more than it saves.
 constexpr int64_t kSerialOutputs = 1 << 13;
-constexpr int64_t kBlock = 256;
+constexpr int64_t kBlock = 512;
 constexpr int64_t kMaxTaps = 16;
 
+template <int64_t n>
+using Count = std::integral_constant<int64_t, n>;
+
 // out[c] = silu(sum over taps of weight[i][c] * inputs[i][c]); the inputs before the sequence have the ring's type.
-template <class T>
-void convolve(const float* weight, int64_t C, const T* const* past, int64_t num_past, const float* const* inputs,
-              int64_t num_inputs, int64_t n, float* out) {
+// Counts are of type int64_t, or constants.
+template <class T, class Past, class Inputs>
+void convolve(const float* weight, int64_t C, const T* const* past, Past num_past, const float* const* inputs,
+              Inputs num_inputs, int64_t n, float* out) {
   const float* own_weight = weight + num_past * C;
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
@@ -49,6 +54,17 @@ void convolve(const float* weight, int64_t C, const T* const* past, int64_t num_
   }
 }
 
+// Fetches the rows of a ring that a sequence's first token reads, and the one that it writes. Rings lie far apart, so
+// the processor does not see the next one coming.
+template <class T>
+void prefetch_ring(const Conv& conv, const T* pool, int64_t sequence, int64_t c0, int64_t n) {
+  const int64_t context = conv.context_lens[sequence], R = conv.ring_len;
+  for (int64_t p = std::max<int64_t>(0, context - conv.taps + 1); p <= context; ++p) {
+    const char* row = reinterpret_cast<const char*>(pool + (conv.rings[sequence] * R + p % R) * conv.channels + c0);
+    for (int64_t at = 0; at < n * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(row + at);
+  }
+}
+
 template <class T>
 void convolve_block(const Conv& conv, T* pool, int64_t c0) {
   const int64_t C = conv.channels, W = conv.taps, R = conv.ring_len, n = std::min(kBlock, C - c0);
@@ -57,6 +73,7 @@ void convolve_block(const Conv& conv, T* pool, int64_t c0) {
   for (int64_t s = 0; s < conv.sequences; ++s) {
     const int64_t begin = conv.cu_seqlens[s], len = conv.cu_seqlens[s + 1] - begin, context = conv.context_lens[s];
     T* ring = pool + conv.rings[s] * R * C + c0;
+    if (s + 1 < conv.sequences) prefetch_ring(conv, pool, s + 1, c0, n);
     for (int64_t t = 0; t < len; ++t) {
       // Taps reach back to the position t - W + 1; before the request's start there is nothing to add.
       const int64_t oldest = std::max(t - W + 1, -context), num_past = std::max<int64_t>(0, -oldest);
@@ -64,7 +81,14 @@ void convolve_block(const Conv& conv, T* pool, int64_t c0) {
       const int64_t first = std::max<int64_t>(0, oldest), num_inputs = t - first + 1;
       for (int64_t i = 0; i < num_inputs; ++i) inputs[i] = conv.x + (begin + first + i) * conv.x_stride + c0;
       const float* weight = conv.weight + (W - num_past - num_inputs) * C + c0;
-      convolve(weight, C, past, num_past, inputs, num_inputs, n, conv.out + (begin + t) * C + c0);
+      float* out = conv.out + (begin + t) * C + c0;
+      // Models have four taps: one token with all of its past, and a token behind others.
+      if (num_past == 3 && num_inputs == 1)
+        convolve(weight, C, past, Count<3>(), inputs, Count<1>(), n, out);
+      else if (num_past == 0 && num_inputs == 4)
+        convolve(weight, C, past, Count<0>(), inputs, Count<4>(), n, out);
+      else
+        convolve(weight, C, past, num_past, inputs, num_inputs, n, out);
     }
     for (int64_t t = std::max<int64_t>(0, len - R); t < len; ++t) {
       const float* row = conv.x + (begin + t) * conv.x_stride + c0;
