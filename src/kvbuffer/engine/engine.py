@@ -84,7 +84,7 @@ class Engine:
         self._speculator: Speculator | None = None
         if speculative is not None:
             drafter = make_drafter(speculative, self._model, caches, self._memory)
-            self._speculator = Speculator(speculative, drafter)
+            self._speculator = Speculator(speculative, drafter, config.max_num_batched_tokens)
         needs_hidden = self._speculator is not None and self._speculator.drafter.needs_hidden
         self._runner = Runner(self._model, caches, self._memory, needs_hidden)
         self._offload: Offload | None = None
@@ -290,7 +290,7 @@ class Engine:
 
     def _finish(self, request: Request, publish: bool = True) -> None:
         if self._speculator is not None:
-            self._speculator.drafter.forget(request, publish)
+            self._speculator.forget(request, publish)
         self._scheduler.finish(request, publish=publish)
 
     def check_integrity(self) -> None:

@@ -122,6 +122,15 @@ class TestIdentity:
             assert list(outputs.tokens.values()) == [output[length : length + 3] for output in expected]
         assert engine._memory.prefixes.counters.hit_tokens > 0
 
+    def test_of_adaptive_lengths(self, tiny: Path, expected, oracle) -> None:
+        config = {**fixed_length(5), "adaptive": True}
+        engine = sized_engine(tiny, slots=16, pages=128, max_model_len=MAX_LEN, speculative_config=config)
+        use_drafter(engine, oracle(ALWAYS))
+        assert run(engine, PROMPTS, greedy()).tokens == {
+            str(number): output[:OUTPUT_LEN] for number, output in enumerate(expected)
+        }
+        assert engine.stats.speculative.num_accepted_tokens > 0
+
     def test_of_the_prompt_lookup(self, tiny: Path, expected) -> None:
         engine = speculating(tiny)
         repetitive = [(output * 3)[: len(output) + 20] for output in expected]

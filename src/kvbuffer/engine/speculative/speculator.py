@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,6 +12,8 @@ from kvbuffer.engine.request import Request
 from kvbuffer.engine.scheduler import Segment
 from kvbuffer.engine.speculative.config import SpeculativeConfig
 from kvbuffer.engine.speculative.drafter import Committed, Draft, Drafter
+from kvbuffer.engine.speculative.lengths import DraftLengths
+from kvbuffer.models.inputs import LinearForm
 
 
 @dataclass
@@ -46,26 +48,45 @@ class Speculator:
     Args:
         config: how much to propose.
         drafter: what proposes.
+        max_num_batched_tokens: most tokens of a step.
 
     Attributes:
         drafter: what proposes.
         stats: what became of it.
     """
 
-    def __init__(self, config: SpeculativeConfig, drafter: Drafter) -> None:
+    def __init__(self, config: SpeculativeConfig, drafter: Drafter, max_num_batched_tokens: int) -> None:
         self.drafter = drafter
-        self._most = config.num_speculative_tokens
-        self.stats = SpeculativeStats(num_accepted_tokens_per_pos=[0] * self._most)
+        self.stats = SpeculativeStats(num_accepted_tokens_per_pos=[0] * config.num_speculative_tokens)
+        self._most, self._budget = config.num_speculative_tokens, max_num_batched_tokens
+        self._lengths = DraftLengths(self._most) if config.adaptive else None
+        self._seconds = 0.0
 
-    def draft(self, requests: Iterable[Request]) -> dict[Request, Draft]:
+    def draft(self, requests: Sequence[Request]) -> dict[Request, Draft]:
         """Return drafts for those of the decoding ``requests`` for which there is something to propose."""
         began = time.perf_counter()
+        wanted = [self._most] * len(requests) if self._lengths is None else self._lengths.choose(requests)
+        most = self._budget // len(requests) - 1 if requests else 0
         # The token that is sampled behind a draft must still fit.
-        limits = {request: min(self._most, request.max_len - len(request.token_ids) - 1) for request in requests}
-        chosen = [request for request, limit in limits.items() if limit > 0]
-        drafts = self.drafter.propose(chosen, [limits[request] for request in chosen]) if chosen else []
-        self.stats.draft_seconds += time.perf_counter() - began
-        return {request: draft for request, draft in zip(chosen, drafts, strict=True) if draft.token_ids}
+        limits = [
+            min(length, most, request.max_len - len(request.token_ids) - 1)
+            for request, length in zip(requests, wanted, strict=True)
+        ]
+        asked = [(request, limit) for request, limit in zip(requests, limits, strict=True) if limit > 0]
+        drafts: dict[Request, Draft] = {}
+        if asked:
+            chosen, limits = map(list, zip(*asked, strict=True))
+            proposed = zip(chosen, self.drafter.propose(chosen, limits), strict=True)
+            drafts = {request: draft for request, draft in proposed if draft.token_ids}
+        self._seconds = time.perf_counter() - began
+        self.stats.draft_seconds += self._seconds
+        if self._lengths is not None and asked:
+            for request, _ in asked:
+                if request not in drafts:
+                    self._lengths.observe_nothing_found(request)
+            if not drafts:
+                self._lengths.observe_search(len(asked), self._seconds)
+        return drafts
 
     def observe(
         self, batch: Sequence[Segment], accepted: Mapping[Request, list[int]], hidden: Tensor | None, seconds: float
@@ -76,16 +97,20 @@ class Speculator:
             batch: the step.
             accepted: for each request that got tokens, which of its draft's tokens are among them.
             hidden: the hidden states of all tokens, if the drafter needs them.
-            seconds: how long the step took.
+            seconds: how long the step took, after drafting.
         """
         drafts = [segment for segment in batch if segment.draft.token_ids]
         for segment in drafts:
             self._count(segment.request, segment.draft, len(accepted[segment.request]))
-        if drafts:
-            self.stats.verify_seconds += seconds
+        self.stats.verify_seconds += seconds if drafts else 0.0
         began = time.perf_counter()
         self.drafter.observe(_committed(batch, accepted), hidden)
-        self.stats.draft_seconds += time.perf_counter() - began
+        observing = time.perf_counter() - began
+        self.stats.draft_seconds += observing
+        if self._lengths is not None and not any(s.form in (LinearForm.CHUNKED, LinearForm.APPENDED) for s in batch):
+            if drafts:
+                seconds += self._seconds + observing
+            self._lengths.observe_step(len(batch), sum(len(s.draft.token_ids) for s in drafts), seconds)
 
     def _count(self, request: Request, draft: Draft, num_accepted: int) -> None:
         request.num_draft_tokens += len(draft.token_ids)
@@ -95,6 +120,14 @@ class Speculator:
         self.stats.num_accepted_tokens += num_accepted
         for place in range(num_accepted):
             self.stats.num_accepted_tokens_per_pos[place] += 1
+        if self._lengths is not None:
+            self._lengths.observe_draft(request, len(draft.token_ids), num_accepted)
+
+    def forget(self, request: Request, publish: bool) -> None:
+        """Drop what is kept of a request that ends and still has its memory."""
+        self.drafter.forget(request, publish)
+        if self._lengths is not None:
+            self._lengths.forget(request)
 
 
 def _committed(batch: Sequence[Segment], accepted: Mapping[Request, list[int]]) -> list[Committed]:

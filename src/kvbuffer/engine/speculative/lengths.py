@@ -1,0 +1,164 @@
+"""How many tokens are drafted for each request: as many as pay, by what was accepted and what steps cost lately.
+
+The drafter is asked for k_i tokens for request i, and has any with probability q_i. A step of B requests then takes
+``a + c * B + b * sum(q_i * k_i)`` and brings ``B + sum(q_i * (p_i + p_i^2 + … + p_i^k_i))`` tokens, if a token is
+accepted with probability p_i. The lengths that bring the most tokens per second are found by adding tokens in the order
+of p_i^j. All of a, b, c, p_i and q_i are measured while serving; what has not paid is tried again, so rarely that it
+costs little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbuffer.engine.request import Request
+
+Float = npt.NDArray[np.float64]
+
+#: What is measured anew counts for this much of an average.
+_STEP_SHARE, _TRIAL_SHARE = 0.1, 0.1
+#: Acceptance that a request is taken to have before anything is known.
+_FIRST_GUESS = 0.6
+#: Steps that are averaged before any one of them is called disturbed; plain ones come before the first with drafts.
+_LEAST_STEPS = 3
+#: Gains below this are not worth the risk that they are noise.
+_LEAST_GAIN = 1.01
+#: Share of the time that goes into trying drafts of one token again where they did not pay.
+_TRY_SHARE = 0.01
+#: Where they do pay, a step goes without after so many, so that it is known what that costs.
+_PLAIN_INTERVAL = 64
+#: A step that took longer than this many times the usual was disturbed by something else.
+_DISTURBED = 2.0
+
+
+@dataclass
+class _StepCost:
+    """Seconds of steps of about the same number of requests: ``plain + per_token * draft tokens``."""
+
+    num_plain: int = 0
+    num_drafted: int = 0
+    steps_since_plain: int = 0
+    plain: float = 0.0
+    per_token: float = 0.0
+
+    def observe(self, num_draft_tokens: int, seconds: float) -> None:
+        if not num_draft_tokens:
+            self.num_plain += 1
+            self.steps_since_plain = 0
+            if self.num_plain > _LEAST_STEPS:
+                seconds = min(seconds, _DISTURBED * self.plain)
+            self.plain += max(_STEP_SHARE, 1 / self.num_plain) * (seconds - self.plain)
+            return
+        self.num_drafted += 1
+        self.steps_since_plain += 1
+        if self.num_drafted > _LEAST_STEPS:
+            seconds = min(seconds, _DISTURBED * (self.plain + self.per_token * num_draft_tokens))
+        measured = max(0.0, seconds - self.plain) / num_draft_tokens
+        self.per_token += max(_STEP_SHARE, 1 / self.num_drafted) * (measured - self.per_token)
+
+
+@dataclass
+class _History:
+    """What became of a request's drafts.
+
+    Attributes:
+        acceptance: p, how often a token was accepted whose predecessors were.
+        found: q, how often the drafter had anything to propose.
+        saved: tokens that may be lost by trying drafts which do not seem to pay.
+    """
+
+    acceptance: float
+    found: float = 1.0
+    saved: float = 0.0
+
+
+@dataclass
+class DraftLengths:
+    """Chooses the lengths of drafts.
+
+    Attributes:
+        most: most tokens of a draft.
+    """
+
+    most: int
+    _costs: dict[int, _StepCost] = field(default_factory=dict)
+    _histories: dict[Request, _History] = field(default_factory=dict)
+    _acceptance: float = _FIRST_GUESS
+    _ask_seconds: float = 0.0
+
+    def choose(self, requests: Sequence[Request]) -> list[int]:
+        """Return how many tokens to draft for each of the requests that decode in a step."""
+        if not requests:
+            return []
+        cost = self._cost(len(requests))
+        if cost.num_plain < _LEAST_STEPS or cost.steps_since_plain >= _PLAIN_INTERVAL:
+            return [0] * len(requests)
+        histories = [self._history(request) for request in requests]
+        acceptance = np.array([history.acceptance for history in histories])
+        found = np.array([history.found for history in histories])
+        lengths: list[int] = self._best_lengths(acceptance, found, cost).tolist()
+        # What a try costs, in tokens that could have been generated meanwhile.
+        lost = (cost.per_token + self._ask_seconds) * len(requests) / cost.plain
+        for i, history in enumerate(histories):
+            history.saved += _TRY_SHARE
+            if not lengths[i] and history.saved > lost:
+                lengths[i] = 1
+            if lengths[i]:
+                history.saved = 0.0
+        return lengths
+
+    def _best_lengths(self, acceptance: Float, found: Float, cost: _StepCost) -> npt.NDArray[np.int64]:
+        """Return the lengths [B] with the highest rate of tokens, none if that is hardly more than without drafts."""
+        count = len(acceptance)
+        gains = acceptance[:, None] ** np.arange(1, self.most + 1)  # [B, most], falling along a draft
+        order = np.argsort(-gains, axis=None)
+        weights = np.repeat(found, self.most)[order]
+        tokens = count + np.cumsum(weights * gains.ravel()[order])
+        rates = tokens / (cost.plain + self._ask_seconds * count + cost.per_token * np.cumsum(weights))
+        best = int(rates.argmax())
+        if rates[best] < _LEAST_GAIN * count / cost.plain:
+            return np.zeros(count, np.int64)
+        used = gains >= gains.ravel()[order[best]]
+        worth_asking = found * (gains * used).sum(1) > rates[best] * self._ask_seconds
+        lengths: npt.NDArray[np.int64] = used.sum(1) * worth_asking
+        return lengths
+
+    def observe_draft(self, request: Request, depth: int, num_accepted: int) -> None:
+        """Take note of how a draft fared, ``depth`` tokens along its longest path."""
+        history = self._history(request)
+        history.found += _TRIAL_SHARE * (1.0 - history.found)
+        history.saved += num_accepted
+        for trial in range(min(depth, num_accepted + 1)):
+            accepted = float(trial < num_accepted)
+            history.acceptance += _TRIAL_SHARE * (accepted - history.acceptance)
+            self._acceptance += _TRIAL_SHARE**2 * (accepted - self._acceptance)
+
+    def observe_step(self, num_requests: int, num_draft_tokens: int, seconds: float) -> None:
+        """Take note of a step in which nothing but ``num_requests`` requests decoded."""
+        self._cost(num_requests).observe(num_draft_tokens, seconds)
+
+    def observe_nothing_found(self, request: Request) -> None:
+        """Take note that the drafter had nothing to propose."""
+        history = self._history(request)
+        history.found -= _TRIAL_SHARE * history.found
+
+    def observe_search(self, num_requests: int, seconds: float) -> None:
+        """Take note of the time in which the drafter found nothing for any of ``num_requests`` requests."""
+        self._ask_seconds += _STEP_SHARE * (seconds / num_requests - self._ask_seconds)
+
+    def forget(self, request: Request) -> None:
+        """Drop the history of a request that has ended."""
+        self._histories.pop(request, None)
+
+    def _history(self, request: Request) -> _History:
+        if request not in self._histories:
+            self._histories[request] = _History(self._acceptance)
+        return self._histories[request]
+
+    def _cost(self, num_requests: int) -> _StepCost:
+        # Steps of about the same size: two sizes to a doubling.
+        return self._costs.setdefault(round(2 * np.log2(num_requests)), _StepCost())

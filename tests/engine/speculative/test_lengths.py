@@ -1,0 +1,117 @@
+"""The lengths of drafts follow what pays: a simulated machine and simulated texts."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from random import Random
+
+import pytest
+
+from kvbuffer.engine.detokenizer import IncrementalDetokenizer
+from kvbuffer.engine.request import Request
+from kvbuffer.engine.sampling_params import SamplingParams
+from kvbuffer.engine.sampling_state import SamplingState
+from kvbuffer.engine.speculative.lengths import DraftLengths
+
+PARAMS = SamplingParams()
+MOST = 6
+
+
+def request(name: str) -> Request:
+    state, detokenizer = SamplingState(PARAMS, [], []), IncrementalDetokenizer(None, PARAMS)  # type: ignore[arg-type]
+    return Request(name, PARAMS, [1], 1, 1000, state, detokenizer)
+
+
+class Simulation:
+    """Requests whose tokens are accepted with given probabilities, on a machine of given costs.
+
+    Attributes:
+        tokens: generated so far, by request.
+        seconds: time that the steps took.
+        drafted: tokens drafted so far, by request.
+    """
+
+    def __init__(self, acceptance: list[float], plain: float, per_token: float, found: float = 1.0, ask: float = 0.0):
+        self.acceptance, self.plain, self.per_token, self.found, self.ask = acceptance, plain, per_token, found, ask
+        self.lengths, self.random = DraftLengths(MOST), Random(1)
+        self.requests = [request(str(i)) for i in range(len(acceptance))]
+        self.tokens, self.drafted = [0] * len(acceptance), [0] * len(acceptance)
+        self.seconds = 0.0
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
+
+    def step(self) -> None:
+        asked, total = 0, 0
+        for i, length in enumerate(self.lengths.choose(self.requests)):
+            self.tokens[i] += 1
+            asked += length > 0
+            if not length:
+                continue
+            if self.random.random() >= self.found:
+                self.lengths.observe_nothing_found(self.requests[i])
+                continue
+            draws = (self.random.random() < self.acceptance[i] for _ in range(length))
+            accepted = sum(takewhile(bool, draws))
+            self.lengths.observe_draft(self.requests[i], length, accepted)
+            self.tokens[i] += accepted
+            self.drafted[i] += length
+            total += length
+        if asked and not total:
+            self.lengths.observe_search(asked, asked * self.ask)
+        noise = self.random.uniform(0.9, 1.1) * (5 if self.random.random() < 0.01 else 1)
+        seconds = self.plain + self.per_token * total + (self.ask * asked if total else 0.0)
+        self.lengths.observe_step(len(self.requests), total, seconds * noise)
+        self.seconds += self.plain + self.per_token * total + self.ask * asked
+
+    def speed(self, skip: int, steps: int) -> float:
+        """Tokens per second in ``steps`` steps after the first ``skip``, with plain decoding as 1."""
+        self.run(skip)
+        tokens, seconds = sum(self.tokens), self.seconds
+        self.run(steps)
+        return (sum(self.tokens) - tokens) / (self.seconds - seconds) / (len(self.tokens) / self.plain)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize(("acceptance", "per_token"), [(0.05, 0.5), (0.3, 1.0), (0.0, 0.2), (0.9, 2.0)])
+def test_it_is_never_slower_by_more_than_two_per_cent(batch: int, acceptance: float, per_token: float) -> None:
+    """``per_token`` is relative to what a request costs in a plain step: 1 is the worst that a machine can do."""
+    simulation = Simulation([acceptance] * batch, plain=0.01, per_token=per_token * 0.01 / batch)
+    assert simulation.speed(skip=100, steps=2000) > 0.98
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_a_drafter_that_searches_in_vain_is_hardly_asked(batch: int) -> None:
+    simulation = Simulation([0.9] * batch, plain=0.01, per_token=0.0001, found=0.0, ask=0.001 / batch)
+    assert simulation.speed(skip=200, steps=2000) > 0.98
+
+
+@pytest.mark.parametrize(("acceptance", "best"), [(0.5, 1.7), (0.7, 2.3), (0.9, 3.7)])
+def test_where_drafts_cost_little_they_are_long(acceptance: float, best: float) -> None:
+    """At 3 % of a step for each token; ``best`` is near what the best fixed length gives."""
+    assert Simulation([acceptance], plain=0.01, per_token=0.0003).speed(skip=50, steps=2000) > 0.95 * best
+
+
+def test_each_request_gets_what_pays_for_it() -> None:
+    simulation = Simulation([0.9, 0.9, 0.1, 0.1], plain=0.01, per_token=0.0015)
+    simulation.run(500)
+    before = list(simulation.drafted)
+    simulation.run(500)
+    good, bad = (sum(simulation.drafted[i] - before[i] for i in which) for which in ((0, 1), (2, 3)))
+    assert good > 20 * bad > 0
+
+
+def test_a_text_that_becomes_predictable_is_noticed() -> None:
+    simulation = Simulation([0.05], plain=0.01, per_token=0.003)
+    simulation.run(1000)
+    simulation.acceptance[0] = 0.95
+    assert simulation.speed(skip=200, steps=500) > 1.5
+
+
+def test_nothing_is_kept_of_requests_that_have_ended() -> None:
+    simulation = Simulation([0.5] * 3, plain=0.01, per_token=0.001)
+    simulation.run(20)
+    for ended in simulation.requests:
+        simulation.lengths.forget(ended)
+    assert not simulation.lengths._histories
