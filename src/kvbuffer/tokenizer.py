@@ -36,6 +36,10 @@ class Tokenizer:
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         self.has_chat_template: bool = bool(self._tokenizer.chat_template)
 
+    def has_same_tokens(self, other: Tokenizer) -> bool:
+        """Return whether the two have the same tokens under the same ids."""
+        return bool(self._tokenizer.get_vocab() == other._tokenizer.get_vocab())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of ``text``."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)

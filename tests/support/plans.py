@@ -17,6 +17,7 @@ from kvbuffer.engine.config import STATE_DTYPES, EngineConfig
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.forms import FormPolicy
 from kvbuffer.engine.request import CompletionDelta
+from kvbuffer.engine.speculative.draft_model import DraftModel
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.tokenizer import Tokenizer
 
@@ -60,11 +61,12 @@ def sized_engine(
     kv_only_len: int = 24,
     tokens: int = 128,
     pools: dict[str, int] | None = None,
+    draft_memory: int = 64 << 20,
     **options: Any,
 ) -> Engine:
     """A float32 engine of exactly so many state slots, rings, attention pages and tokens per step.
 
-    ``pools`` are fields of the plan that are to be otherwise.
+    ``pools`` are fields of the plan that are to be otherwise, ``draft_memory`` is the draft model's budget.
     """
     config = EngineConfig(
         str(folder), dtype="float32", max_num_batched_tokens=tokens, buffer_len=buffer_len, kv_only_len=kv_only_len,
@@ -85,7 +87,11 @@ def sized_engine(
         model.cache_shape.linear, *dtypes, buffer_len, kv_only_len, config.max_num_seqs, bool(config.num_draft_tokens)
     )
     plan = dataclasses.replace(_sized(plan, slots, pages), **pools or {})
-    return Engine(config, folder, model, plan, forms, Tokenizer(folder))
+    tokenizer, draft_model = Tokenizer(folder), None
+    if config.speculative is not None and config.speculative.model is not None:
+        found = DraftModel.find(config.speculative.model, model, tokenizer)
+        draft_model = dataclasses.replace(found, budget=draft_memory)
+    return Engine(config, folder, model, plan, forms, tokenizer, draft_model)
 
 
 class Outputs:

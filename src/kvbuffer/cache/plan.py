@@ -185,6 +185,21 @@ def block_bytes(
     )
 
 
+def typical_request_bytes(
+    shape: CacheShape,
+    max_model_len: int | None,
+    buffer_len: int,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    record_dtype: torch.dtype,
+) -> int:
+    """Return the bytes of a request of a typical context, to weigh models against each other."""
+    context = min(max_model_len or TYPICAL_CONTEXT, TYPICAL_CONTEXT)
+    each = block_bytes(shape, dtype, state_dtype, record_dtype, shape.linear.conv_kernel - 1 + RING_SLACK)
+    buffers = each.slot + each.ring + buffer_pages(buffer_len) * each.record_page
+    return buffers + attention_pages(context) * each.attention_page
+
+
 def plan_memory(
     shape: CacheShape,
     *,

@@ -27,6 +27,7 @@ from kvbuffer.engine.runner import Runner
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.sampling_state import SamplingState
 from kvbuffer.engine.scheduler import Scheduler, Segment
+from kvbuffer.engine.speculative.draft_model import DraftModel
 from kvbuffer.engine.speculative.methods import make_drafter
 from kvbuffer.engine.speculative.speculator import Speculator
 from kvbuffer.engine.stats import EngineStats, read_stats
@@ -64,6 +65,7 @@ class Engine:
         plan: MemoryPlan,
         forms: FormPolicy,
         tokenizer: Tokenizer,
+        draft_model: DraftModel | None = None,
     ) -> None:
         self.config, self.model_config, self.plan, self.tokenizer = config, model_config, plan, tokenizer
         self.max_model_len = plan.max_model_len
@@ -83,7 +85,7 @@ class Engine:
         speculative = config.speculative
         self._speculator: Speculator | None = None
         if speculative is not None:
-            drafter = make_drafter(speculative, self._model, caches, self._memory)
+            drafter = make_drafter(config, speculative, self._model, caches, self._memory, draft_model)
             self._speculator = Speculator(speculative, drafter, config.max_num_batched_tokens)
         needs_hidden = self._speculator is not None and self._speculator.drafter.needs_hidden
         self._runner = Runner(self._model, caches, self._memory, needs_hidden)
@@ -118,10 +120,21 @@ class Engine:
             shape.linear, state_dtype, record_dtype, config.buffer_len, config.kv_only_len, config.max_num_seqs,
             speculative=config.speculative is not None,
         )  # fmt: skip
-        weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        tokenizer, draft_model = Tokenizer(folder), None
+        if config.speculative is not None and config.speculative.model is not None:
+            draft_model = DraftModel.find(config.speculative.model, model_config, tokenizer)
+        folders = [folder] if draft_model is None else [folder, draft_model.folder]
+        weight_bytes = sum(path.stat().st_size for each in folders for path in each.glob("*.safetensors"))
+        budget = default_budget(weight_bytes) if config.memory is None else config.memory
+        if draft_model is not None:
+            draft_model = draft_model.with_share(
+                budget, shape, max_model_len=config.max_model_len, buffer_len=forms.longest_buffer, dtype=dtype,
+                state_dtype=state_dtype, record_dtype=record_dtype,
+            )  # fmt: skip
+            budget -= draft_model.budget
         plan = plan_memory(
             shape,
-            budget=default_budget(weight_bytes) if config.memory is None else config.memory,
+            budget=budget,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             buffer_len=forms.longest_buffer,
@@ -132,7 +145,7 @@ class Engine:
             prefix_caching=config.enable_prefix_caching,
             num_draft_tokens=config.num_draft_tokens,
         )
-        return cls(config, folder, model_config, plan, forms, Tokenizer(folder))
+        return cls(config, folder, model_config, plan, forms, tokenizer, draft_model)
 
     @property
     def stats(self) -> EngineStats:

@@ -50,6 +50,8 @@ def test_ngrams_have_sensible_lengths(low: int | None, high: int | None, expecte
         ({**NGRAM, "suffix_decoding_max_cached_tokens": -1}, "max_cached_tokens must be an integer from 0"),
         ({**NGRAM, "suffix_decoding_max_spec_factor": "2"}, "max_spec_factor must be a number from 0 to 64, got '2'"),
         ({**NGRAM, "suffix_decoding_min_token_prob": 1.5}, "min_token_prob must be a number from 0 to 1, got 1.5"),
+        ({**NGRAM, "model": "demo"}, "is for no other method; got model 'demo' with method 'ngram'"),
+        ({**NGRAM, "method": "draft_model"}, "must name the draft model's checkpoint"),
         ({**NGRAM, "draft_len": 3}, "unknown name 'draft_len'; it takes method"),
     ],
 )

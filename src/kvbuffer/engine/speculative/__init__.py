@@ -6,6 +6,7 @@ methods.py    the drafters by name
 ngram.py      prompt lookup: what followed the last tokens when they came before
 suffix.py     suffix decoding: what followed them most often, in earlier outputs, too; on suffix_automaton.py
 mtp.py        the model's own multi-token-prediction head
+draft_model.py  a separate, smaller model
 lengths.py    how much is asked for: what pays, by what was accepted and what steps cost
 speculator.py the drafter at work, and what became of its drafts
 """

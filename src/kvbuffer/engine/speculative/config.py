@@ -10,7 +10,7 @@ from typing import Any
 
 from kvbuffer.errors import ConfigError
 
-METHODS = ("ngram", "suffix", "mtp")
+METHODS = ("ngram", "suffix", "mtp", "draft_model")
 _ALIASES = {"qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp"}
 #: Most draft tokens of a request in one step: the trees' masks are 64 bits wide, and the known token is one of them.
 MAX_DRAFT_TOKENS = 63
@@ -22,9 +22,10 @@ class SpeculativeConfig:
     """How the next tokens are guessed.
 
     Attributes:
-        method: ``ngram`` (prompt lookup), ``suffix`` (suffix decoding) or ``mtp`` (the model's own
-            multi-token-prediction head).
+        method: ``ngram`` (prompt lookup), ``suffix`` (suffix decoding), ``mtp`` (the model's own
+            multi-token-prediction head) or ``draft_model`` (a separate, smaller model).
         num_speculative_tokens: most draft tokens of a request in one step, all branches of a tree together, 1 to 63.
+        model: the draft model: checkpoint folder, hub id, or ``demo``.
         adaptive: propose fewer, down to none, where the measured cost of checking them is more than they bring.
         prompt_lookup_min: shortest n-gram that is looked up; by default 2, or ``prompt_lookup_max`` if that is less.
         prompt_lookup_max: longest; by default 4, or ``prompt_lookup_min`` if that is more.
@@ -39,6 +40,7 @@ class SpeculativeConfig:
 
     method: str
     num_speculative_tokens: int
+    model: str | None = None
     adaptive: bool = True
     prompt_lookup_min: int | None = None
     prompt_lookup_max: int | None = None
@@ -51,6 +53,11 @@ class SpeculativeConfig:
         object.__setattr__(self, "method", _ALIASES.get(str(self.method), self.method))
         if self.method not in METHODS:
             raise ConfigError(f"speculative_config: method must be {_either(METHODS)}, got {self.method!r}")
+        if (self.method == "draft_model") != isinstance(self.model, str):
+            raise ConfigError(
+                "speculative_config: model must name the draft model's checkpoint with method draft_model, and is for "
+                f"no other method; got model {self.model!r} with method {self.method!r}"
+            )
         if not isinstance(self.adaptive, bool):
             raise ConfigError(f"speculative_config: adaptive must be true or false, got {self.adaptive!r}")
         self._check("num_speculative_tokens", MAX_DRAFT_TOKENS)
