@@ -37,6 +37,7 @@ from kvbuffer.cli_options import (
     Threads,
     use_config_file,
 )
+from kvbuffer.cqil.command import cqil as cqil_commands
 from kvbuffer.engine import defaults
 from kvbuffer.errors import ConfigError, KVBufferError
 from kvbuffer.instcache.command import instcache
@@ -57,6 +58,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench, name="bench")
+app.add_typer(cqil_commands, name="cqil")
 app.add_typer(train, name="train")
 app.add_typer(instcache, name="instcache")
 

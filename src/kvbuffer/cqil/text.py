@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,9 +14,11 @@ from kvbuffer.cache.plan import MemoryPlan, plan_memory
 from kvbuffer.cache.shapes import run_order
 from kvbuffer.cache.store import allocate
 from kvbuffer.cqil.reference import naive_group
+from kvbuffer.errors import ConfigError
 from kvbuffer.models.decoder import Decoder, DecoderLayer
 from kvbuffer.models.inputs import LinearForm, LinearSection, ModelInputs
 from kvbuffer.ops.norm import add_rms_norm
+from kvbuffer.tokenizer import Tokenizer
 
 # Rows whose logits are computed at a time.
 _ROWS = 256
@@ -35,11 +37,6 @@ class Quality(NamedTuple):
     kl: float
     agreement: float
 
-    @property
-    def perplexity(self) -> float:
-        """Of the text."""
-        return math.exp(self.loss)
-
 
 class TextModel:
     """A model with each layer's own memory, and windows of a text.
@@ -55,7 +52,6 @@ class TextModel:
         self._caches = allocate(model.config.cache_shape, plan)
         self._inputs = batch_of(token_ids, 0, plan)
         self._own = self.hidden()
-        self.loss = self.quality(()).loss
 
     @torch.inference_mode()
     def hidden(
@@ -69,7 +65,8 @@ class TextModel:
         Args:
             groups: layers that are computed at once.
             bypass: D.
-            observe: called before each layer that is computed alone with its index and input [B * T, hidden].
+            observe: called with the index and the input [B * T, hidden] of each layer or group, by its first layer, and
+                at last with the number of layers and what leaves them.
 
         Returns:
             [B * T, hidden] float32.
@@ -85,7 +82,10 @@ class TextModel:
                 x = layers[0].forward(x, residual, self._inputs, caches[0])
             else:
                 x = naive_group(_alone(layers), bypass, x, residual, self._inputs, caches)
-        return add_rms_norm(x, residual, model.norm, model.config.rms_norm_eps)
+        hidden = add_rms_norm(x, residual, model.norm, model.config.rms_norm_eps)
+        if observe is not None:
+            observe(model.config.num_layers, residual)
+        return hidden
 
     @torch.inference_mode()
     def quality(self, groups: Sequence[tuple[int, ...]], bypass: int = 0) -> Quality:
@@ -104,6 +104,31 @@ class TextModel:
             agreement += (own.argmax(-1) == other.argmax(-1)).sum().double()
         count = len(targets)
         return Quality(float(loss) / int((targets >= 0).sum()), max(0.0, float(kl) / count), float(agreement) / count)
+
+
+def read_windows(path: Path, tokenizer: Tokenizer, tokens: int, window: int) -> Tensor:
+    """Return the beginning of a text file as windows of tokens.
+
+    Args:
+        path: UTF-8 text.
+        tokenizer: the model's.
+        tokens: at most so many in all.
+        window: tokens of a window.
+
+    Returns:
+        [B, window] int64.
+
+    Raises:
+        ConfigError: the file cannot be read, or has less than one window.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the text {path}: {error}") from None
+    ids = tokenizer.encode(text)[:tokens]
+    if len(ids) < window:
+        raise ConfigError(f"{path} has {len(ids)} tokens, fewer than a window of {window}: give a longer text")
+    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
 
 
 def memory_for(model: Decoder, requests: int, tokens: int) -> MemoryPlan:

@@ -1,0 +1,210 @@
+"""The commands ``kvbuffer cqil profile`` and ``kvbuffer cqil plan``; torch is imported when one runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbuffer.cli_options import Dtype, DtypeOption, Model, Threads
+from kvbuffer.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvbuffer.cqil.planner import Choice, Group
+    from kvbuffer.cqil.profile import LayerProfile
+    from kvbuffer.cqil.text import Quality, TextModel
+    from kvbuffer.models.decoder import Decoder
+
+cqil = typer.Typer(help="Choose layers of a model that are computed at once.", no_args_is_help=True)
+
+Text = Annotated[Path, typer.Option(dir_okay=False, help="Text like that which the model will see.")]
+Tokens = Annotated[int, typer.Option(min=2, help="Tokens of the text to use.")]
+Window = Annotated[int, typer.Option(min=2, help="Tokens that the model sees at a time.")]
+MaxGroup = Annotated[int, typer.Option(min=2, help="Most layers in a group.")]
+Bypass = Annotated[int, typer.Option(min=0, help="How many layers back each MLP of a group sees.")]
+AllLayers = Annotated[
+    bool, typer.Option("--all-layers", help="Also consider the first third of the layers and the last one.")
+]
+
+
+@cqil.command()
+def profile(
+    model: Model,
+    text: Text,
+    tokens: Tokens = 2048,
+    window: Window = 512,
+    max_group: MaxGroup = 4,
+    bypass: Bypass = 1,
+    dtype: DtypeOption = Dtype.AUTO,
+    threads: Threads = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write everything to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Draw it; needs matplotlib.")] = None,
+) -> None:
+    """Show how alike the inputs of MODEL's layers are, and what each possible group costs in quality."""
+    from rich.console import Console
+
+    from kvbuffer.cqil import profile as profiles
+    from kvbuffer.cqil.planner import measure_candidates, sequences
+
+    decoder, windows = _load(model, dtype, text, tokens, window, threads)
+    with Console(stderr=True).status("measuring") as status:
+        model_text = windows(decoder)
+        layers = profiles.profile_layers(model_text)
+        ordered = sequences(decoder.config, everywhere=True)
+        groups = measure_candidates(model_text, ordered, max_group, bypass, _reports(status.update))
+    _show_profile(model_text, layers, groups)
+    if out is not None:
+        out.write_text(json.dumps(profiles.as_json(layers, groups, bypass), indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        profiles.plot(plot, layers, groups)
+
+
+@cqil.command()
+def plan(
+    model: Model,
+    out: Annotated[Path, typer.Option(dir_okay=False, help="JSON file to write.")],
+    text: Annotated[Path | None, typer.Option(dir_okay=False, help="As for profile; needed to choose.")] = None,
+    budget: Annotated[
+        float, typer.Option(min=0.0, help="Most divergence from the model, KL in nats per token.")
+    ] = 0.05,
+    groups: Annotated[
+        str | None, typer.Option(help="Groups as in 4-7,8-11 or 4+6+8,7+11: not chosen but taken from here.")
+    ] = None,
+    tokens: Tokens = 2048,
+    window: Window = 512,
+    max_group: MaxGroup = 4,
+    bypass: Bypass = 1,
+    all_layers: AllLayers = False,
+    batch: Annotated[int, typer.Option(min=1, help="Requests that decode together while layers are timed.")] = 1,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes the layers of a group are placed on; 1 computes them together.")
+    ] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Decode steps in which layers are timed.")] = 50,
+    dtype: DtypeOption = Dtype.AUTO,
+    threads: Threads = None,
+) -> None:
+    """Write a plan for MODEL: the fastest groups, by measured costs of its layers, within a budget of quality."""
+    from rich.console import Console
+
+    from kvbuffer.cache.disk.identity import checkpoint_id
+    from kvbuffer.cqil.costs import group_costs, placed_costs
+    from kvbuffer.cqil.plan import CqilPlan
+    from kvbuffer.cqil.planner import choose, measure_candidates, sequences
+    from kvbuffer.models.config import ModelConfig
+    from kvbuffer.models.weights import resolve_model
+
+    folder = resolve_model(model)
+    config = ModelConfig.from_folder(folder)
+    if groups is not None:
+        given = CqilPlan(checkpoint_id(folder), parse_groups(groups), bypass)
+        given.check(folder, config)
+        given.save(out)
+        return
+    if text is None:
+        raise ConfigError("--text is needed to choose groups: give a text, or the groups with --groups")
+    decoder, windows = _load(model, dtype, text, tokens, window, threads)
+    with Console(stderr=True).status("timing layers") as status:
+        layers = sequences(config, all_layers)
+        costs = group_costs(folder, decoder, layers, max_group, batch, rounds)
+        if ranks > 1:
+            costs = placed_costs(costs, ranks, max_group)
+        model_text = windows(decoder)
+        qualities = measure_candidates(model_text, layers, max_group, bypass, _reports(status.update))
+        status.update("choosing")
+        choice = choose(model_text, layers, costs, qualities, bypass, budget)
+        before = choose(model_text, layers, costs, {}, bypass, budget)
+    _show_choice(choice, before, costs)
+    measured = {
+        "budget": budget,
+        **choice.quality._asdict(),
+        "loss_without": before.quality.loss,
+        "layers_ms": 1e3 * choice.seconds,
+        "layers_ms_without": 1e3 * before.seconds,
+        "batch": batch,
+        "ranks": ranks,
+    }
+    CqilPlan(checkpoint_id(folder), choice.groups, bypass, measured).save(out)
+
+
+def parse_groups(text: str) -> tuple[tuple[int, ...], ...]:
+    """Return the groups that ``text`` says: 4-7 is 4 to 7, 4+6+8 these layers; commas part groups.
+
+    Raises:
+        ConfigError: it says none.
+    """
+    groups = []
+    for part in text.split(","):
+        numbers = part.split("-" if "-" in part else "+")
+        if not all(number.strip().isdecimal() for number in numbers) or ("-" in part and len(numbers) != 2):
+            raise ConfigError(f"--groups {part!r} is not a group of layers, as in 4-7 or 4+6+8")
+        values = [int(number) for number in numbers]
+        groups.append(tuple(range(values[0], values[1] + 1)) if "-" in part else tuple(values))
+    return tuple(groups)
+
+
+def _load(
+    model: str, dtype: Dtype, text: Path, tokens: int, window: int, threads: int | None
+) -> tuple[Decoder, Callable[[Decoder], TextModel]]:
+    """Return the model without groups, and what puts the text through it."""
+    import torch
+
+    from kvbuffer.cqil.text import TextModel, read_windows
+    from kvbuffer.engine.config import DTYPES
+    from kvbuffer.models.config import ModelConfig
+    from kvbuffer.models.decoder import Decoder
+    from kvbuffer.models.weights import resolve_model
+    from kvbuffer.tokenizer import Tokenizer
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = resolve_model(model)
+    config = ModelConfig.from_folder(folder)
+    windows = read_windows(text, Tokenizer(folder), tokens, window)
+    weights: torch.dtype = DTYPES.get(dtype.value) or (
+        torch.float32 if config.dtype == torch.float32 else torch.bfloat16
+    )
+    decoder = Decoder(folder, config, weights, max(window, 256), show_progress=True)
+    return decoder, lambda of: TextModel(of, windows)
+
+
+def _reports(update: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda done: update(f"measuring quality: {done}")
+
+
+def _show_profile(text: TextModel, layers: Sequence[LayerProfile], groups: Mapping[Group, Quality]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "type", "cosine of input and output", "relative norm added")
+    for layer in layers:
+        table.add_row(str(layer.layer), layer.kind, f"{layer.cosine:.4f}", f"{layer.delta:.3f}")
+    for kind in dict.fromkeys(layer.kind for layer in layers):
+        own = [layer for layer in layers if layer.kind == kind]
+        means = (sum(getattr(layer, name) for layer in own) / len(own) for name in ("cosine", "delta"))
+        table.add_row("mean", kind, *(f"{mean:.4f}" for mean in means), style="bold")
+    console = Console()
+    console.print(table)
+    table = Table("group", "KL (nats)", "loss", "same next token")
+    for group, quality in groups.items():
+        table.add_row(_name(group), f"{quality.kl:.4f}", f"{quality.loss:.4f}", f"{quality.agreement:.1%}")
+    console.print(table)
+    console.print(f"loss without groups: {text.quality(()).loss:.4f}")
+
+
+def _show_choice(choice: Choice, before: Choice, costs: Sequence[Mapping[int, float]]) -> None:
+    for kind, seconds in zip(("linear-attention", "full-attention"), costs, strict=True):
+        if seconds:
+            sizes = ", ".join(f"{size}: {1e3 * value:.3f}" for size, value in sorted(seconds.items()))
+            print(f"milliseconds of {kind} layers by size of the group: {sizes}")
+    print(f"groups: {', '.join(map(_name, choice.groups)) or 'none, as none within the budget is faster'}")
+    print(f"layers in a decode step: {1e3 * before.seconds:.3f} ms alone, {1e3 * choice.seconds:.3f} ms in groups")
+    print(f"loss {before.quality.loss:.4f} -> {choice.quality.loss:.4f}, KL {choice.quality.kl:.4f} nats")
+
+
+def _name(group: Group) -> str:
+    return "+".join(map(str, group))
