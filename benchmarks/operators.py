@@ -95,7 +95,7 @@ def install(clock: Clock) -> None:
         (layers, "moe_mlp", _moe_mlp),
         *((layers, name, _streaming(name)) for name in ("attention_inputs", "route", "add_rms_norm")),
         *((layers, name, _streaming(name)) for name in ("causal_conv", "gated_delta_inputs")),
-        (engine_module, "sample", _streaming("sample")),
+        (engine_module, "extend_output", _stage("sample")),
         *((Linear, name, _linear) for name in ("__call__", "of_add_rms_norm", "of_gated_rms_norm")),
         *((SwigluMlp, name, _swiglu_mlp) for name in ("__call__", "of_add_rms_norm")),
         (decoder.Decoder, "forward", _stage("embedding and Python between operators")),
@@ -209,7 +209,7 @@ def _moe_mlp(result, x, expert_ids, expert_weights, experts) -> Work:
     return Work("moe_mlp", num_bytes, 2 * expert_ids.numel() * weights)
 
 
-def _paged_attention(result, q, pages, page_table, cu_seqlens, context_lens, gate=None) -> Work:
+def _paged_attention(result, q, pages, page_table, cu_seqlens, context_lens, gate=None, parents=None) -> Work:
     tokens = int(context_lens.sum()) + q.shape[0]
     num_bytes = tokens * pages[0, :, :, 0].nbytes + _nbytes(q, result)
     lengths = cu_seqlens.diff()

@@ -18,7 +18,7 @@ from kvbuffer.cache.pools import POOL_KINDS, PoolKind
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import RequestOptions
 from tests.support.checkpoints import VOCAB_SIZE
-from tests.support.drafters import OracleDrafter, fixed_length, sometimes, use_drafter
+from tests.support.drafters import OracleDrafter, TreeDrafter, fixed_length, sometimes, use_drafter
 from tests.support.plans import Outputs, check_idle, drain, poison_free, sized_engine
 
 MAX_LEN = 96
@@ -44,9 +44,9 @@ def expected(tiny: Path) -> list[list[int]]:
     return outputs
 
 
-@pytest.mark.parametrize("num_drafts", [0, 4])
+@pytest.mark.parametrize(("num_drafts", "drafter"), [(0, OracleDrafter), (4, OracleDrafter), (7, TreeDrafter)])
 def test_any_order_of_events_gives_the_outputs_obtained_alone(
-    tiny: Path, expected: list[list[int]], num_drafts: int
+    tiny: Path, expected: list[list[int]], num_drafts: int, drafter: type[OracleDrafter]
 ) -> None:
     options = {} if not num_drafts else {"speculative_config": fixed_length(num_drafts)}
     engine = sized_engine(tiny, slots=4, pages=9, max_model_len=MAX_LEN, buffer_len=3, tokens=64, **options)
@@ -56,7 +56,7 @@ def test_any_order_of_events_gives_the_outputs_obtained_alone(
         def __init__(self) -> None:
             super().__init__(engine, expected)
             if num_drafts:
-                use_drafter(engine, OracleDrafter(outputs, sometimes(0.7), VOCAB_SIZE))
+                use_drafter(engine, drafter(outputs, sometimes(0.7), VOCAB_SIZE))
 
     run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=50, deadline=None))
     assert engine.stats.num_preemptions > 0

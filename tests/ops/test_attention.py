@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from kvbuffer.ops import dispatch
-from kvbuffer.ops.attention import PAGE_SIZE, attention_inputs, key_pages, paged_attention
+from kvbuffer.ops.attention import PAGE_SIZE, attention_inputs, compact_pages, key_pages, paged_attention
+from tests.support.drafters import random_tree
 
 #: Rounding the output, the sigmoid and their product.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3 * 2**-8}
@@ -83,7 +85,7 @@ def cumulative(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def run(shape: Shape, requests: list[Request], gated: bool = True) -> list[Tensor]:
+def run(shape: Shape, requests: list[Request], gated: bool = True, parents: Tensor | None = None) -> list[Tensor]:
     """One step over the requests: the outputs of the new tokens of each."""
     table, num_pages = page_table_for([len(r.q) for r in requests])
     pages = torch.full((num_pages, 2, shape.kv_heads, PAGE_SIZE, shape.dim), float("nan"), dtype=shape.dtype)
@@ -100,6 +102,7 @@ def run(shape: Shape, requests: list[Request], gated: bool = True) -> list[Tenso
         cumulative([r.new for r in requests]),
         torch.tensor([r.context for r in requests], dtype=torch.int32),
         torch.cat([gate, gate], dim=1)[:, : gate.shape[1]] if gated else None,  # strided rows
+        parents,
     )
     return list(out.split([r.new for r in requests]))
 
@@ -145,6 +148,45 @@ def test_the_gate_is_optional(dtype: torch.dtype) -> None:
     shape = Shape(4, 2, 32, dtype)
     r = make_request(shape, 20, 50)
     assert_close(run(shape, [r], gated=False)[0], dense(shape, r, gated=False))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (16, 2, 256)])
+@pytest.mark.usefixtures("backend")
+def test_a_token_of_a_tree_sees_its_path(heads: int, kv_heads: int, dim: int) -> None:
+    """Trees of up to 64 tokens that lie across pages, units of 64 tokens and blocks of rows; chains beside them."""
+    shape = Shape(heads, kv_heads, dim, torch.float32)
+    sizes = [(0, 7), (5, 64), (62, 6), (64, 3), (100, 33), (510, 9), (1, 1)]
+    chains = [(30, 70), (3, 1)]
+    requests = [make_request(shape, context, new) for context, new in sizes + chains]
+    trees = [random_tree(size, Random(size)) for _, size in sizes]
+    parents = [*(torch.tensor(tree[0]) for tree in trees), *(torch.arange(new) - 1 for _, new in chains)]
+    outs = run(shape, requests, parents=torch.cat(parents).int())
+    for out, r, (_, paths) in zip(outs, requests, trees, strict=False):
+        for i, path in enumerate(paths):
+            seen = torch.cat([torch.arange(r.context), r.context + torch.tensor(path)])
+            alone = Request(r.q[seen], r.k[seen], r.v[seen], r.gate[seen], r.context)
+            assert_close(out[i : i + 1], dense(shape, alone)[-1:])
+    for out, r in zip(outs[len(trees) :], requests[len(trees) :], strict=True):
+        assert_close(out, dense(shape, r))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_accepted_path_of_a_tree_becomes_a_chain(dtype: torch.dtype) -> None:
+    pages = torch.randn(8, 2, 3, PAGE_SIZE, 16).to(dtype)
+    table, context = torch.tensor([[5, 2], [1, 7]], dtype=torch.int32), torch.tensor([13, 4], dtype=torch.int32)
+    before = [torch.cat([part[row] for row in table[b].tolist()], 1) for b in (0, 1) for part in kinds(pages)]
+    compact_pages(pages, table, context, torch.tensor([0, 2, 5, 11], dtype=torch.int32), cumulative([1, 3]))
+    after = [torch.cat([part[row] for row in table[b].tolist()], 1) for b in (0, 1) for part in kinds(pages)]
+    for old, new in zip(before[:2], after[:2], strict=True):
+        assert torch.equal(old, new)
+    for old, new in zip(before[2:], after[2:], strict=True):
+        assert torch.equal(new[:, :4], old[:, :4])
+        assert torch.equal(new[:, 4:7], old[:, [6, 9, 15]])
+
+
+def kinds(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, [num_pages, HKV, PAGE_SIZE, D]."""
+    return key_pages(pages).clone(), pages[:, 1].clone()
 
 
 @pytest.mark.parametrize("dim", [24, 512])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from kvbuffer.ops.conv import causal_conv
+from kvbuffer.ops.conv import causal_conv, compact_rings
+from tests.support.drafters import random_tree
 
 # One lane, a vector and its odd rest, more than one task's block of channels.
 CHANNELS = [1, 7, 33, 531]
@@ -154,3 +157,24 @@ def test_rows_may_be_strided(backend: str, rng: Generator) -> None:
     pool = torch.full((1, RING, 19), float("nan"))
     out = causal_conv(wide, weight, pool, int32([0]), int32([0, 6]), int32([0]))
     torch.testing.assert_close(out.double(), definition(wide[:, :19], weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 33, 531])
+@pytest.mark.parametrize("context", [0, 1, 2, 5, 9])
+def test_a_token_of_a_tree_sees_its_path(rng: Generator, backend: str, channels: int, context: int) -> None:
+    """And once a path has been accepted, what follows is as if it had been a chain."""
+    weight, tree, ring_len = torch.randn(W, channels, generator=rng), 6, W - 1 + 6
+    before, after = torch.randn(context, channels, generator=rng), torch.randn(3, channels, generator=rng)
+    x = torch.randn(tree, channels, generator=rng)
+    parents, paths = random_tree(tree, Random(context))
+    for path in paths:
+        pool = torch.full((2, ring_len, channels), float("nan"))
+        rings = int32([1])
+        causal_conv(before, weight, pool, rings, int32([0, context]), int32([0]))
+        out = causal_conv(x, weight, pool, rings, int32([0, tree]), int32([context]), int32(parents))
+        expected = definition(torch.cat([before, x[path], after]), weight)
+        torch.testing.assert_close(out[path].double(), expected[context : context + len(path)], atol=1e-5, rtol=1e-5)
+        accepted, now = int32(path), context + len(path)
+        compact_rings(pool, rings, int32([context]), accepted, int32([0, len(path)]))
+        out = causal_conv(after, weight, pool, rings, int32([0, 3]), int32([now]))
+        torch.testing.assert_close(out.double(), expected[now:], atol=1e-5, rtol=1e-5)

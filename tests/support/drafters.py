@@ -38,6 +38,42 @@ class OracleDrafter(Drafter):
         return Draft(guesses)
 
 
+class TreeDrafter(OracleDrafter):
+    """Hides the oracle's chain in a random tree: some of its tokens have wrong siblings, and these have children."""
+
+    def __init__(
+        self, outputs: dict[tuple[int, ...], list[int]], is_right: Callable[[int], bool], vocab_size: int
+    ) -> None:
+        super().__init__(outputs, is_right, vocab_size)
+        self.random = Random(2)
+
+    def _propose(self, request: Request, limit: int) -> Draft:
+        chain = super()._propose(request, limit).token_ids
+        nodes: list[tuple[int, int]] = []
+        last = -1
+        while len(nodes) < limit:
+            parent = last
+            if chain and self.random.random() < 0.5:
+                last, token = len(nodes), chain.pop(0)
+            else:
+                parent, token = self.random.randrange(-1, len(nodes)), self.random.randrange(self.vocab_size)
+            if (token, parent) not in nodes:
+                nodes.append((token, parent))
+            elif last == len(nodes):
+                last = nodes.index((token, parent))
+        token_ids, parents = map(list, zip(*nodes, strict=True))
+        return Draft(token_ids, parents)
+
+
+def random_tree(size: int, random: Random) -> tuple[list[int], list[list[int]]]:
+    """Return the parents of a tree's tokens, and the path to each one, itself included."""
+    parents = [random.randrange(-1, i) for i in range(size)]
+    paths: list[list[int]] = []
+    for i, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), i])
+    return parents, paths
+
+
 def fixed_length(num_tokens: int) -> dict[str, Any]:
     """A ``speculative_config`` for drafts that are as long as may be, whatever they bring."""
     return {"method": "ngram", "num_speculative_tokens": num_tokens, "adaptive": False}

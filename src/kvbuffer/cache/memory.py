@@ -16,6 +16,7 @@ from kvbuffer.cache.pools import POOL_KINDS, Blocks, PoolKind, Pools
 from kvbuffer.cache.prefix import PrefixCache, PrefixMatch
 from kvbuffer.cache.prefix_tree import Origin
 from kvbuffer.cache.snapshot import Snapshot
+from kvbuffer.ops.attention import PAGE_SIZE
 
 
 class Admission(NamedTuple):
@@ -47,6 +48,28 @@ class Fold(NamedTuple):
     num_records: int
 
 
+class Compact(NamedTuple):
+    """Work on memory: move what is kept of the accepted tokens of a tree to where that of a chain lies.
+
+    Attributes:
+        fill: records before the tree, those of full pages left out.
+        record_pages: from the one in which the tree begins.
+        num_tokens: tokens before the tree.
+        attention_pages: from the one in which the tree begins.
+        ring: the ring.
+        accepted: which of its tokens were accepted, ascending.
+    """
+
+    fill: int
+    record_pages: tuple[int, ...]
+    num_tokens: int
+    attention_pages: tuple[int, ...]
+    ring: int
+    accepted: tuple[int, ...]
+
+
+Work = Copy | Fold | Compact
+
 NO_MATCH = PrefixMatch(0, (), None, None, 0, 0)
 
 
@@ -71,7 +94,7 @@ class RequestMemory:
         fill: [max_num_seqs] int32, records in each buffer.
         record_table: [max_num_seqs, record pages of the longest buffer] int32.
         attention_table: [max_num_seqs, pages of the longest request] int32.
-        work: copies and folds that are still to be done.
+        work: what is still to be done to the memory itself.
         on_admit: called with a prompt, its salt and how many of its tokens are cached, before a request is admitted;
             says whether it has brought more of them.
     """
@@ -93,7 +116,7 @@ class RequestMemory:
         self.fill: npt.NDArray[np.int32] = np.zeros(seqs, np.int32)
         self.record_table: npt.NDArray[np.int32] = np.zeros((seqs, record_pages(plan.max_records)), np.int32)
         self.attention_table: npt.NDArray[np.int32] = np.zeros((seqs, attention_pages(plan.max_model_len)), np.int32)
-        self.work: list[Copy | Fold] = []
+        self.work: list[Work] = []
         self.on_admit: Callable[[Sequence[int], str | None, int], bool] | None = None
         self._num_record_pages = [0] * seqs
         self._num_attention_pages = [0] * seqs
@@ -275,19 +298,37 @@ class RequestMemory:
         self.fill[row] = 1
         self._drop_record_pages(row, keep=1)
 
-    def accept(self, row: int, num_tokens: int, num_accepted: int) -> None:
-        """Keep the records of accepted drafts, and give back the pages that only the rejected ones needed.
+    def accept(self, row: int, num_tokens: int, accepted: Sequence[int]) -> None:
+        """Keep what the accepted tokens of a draft have left, and give back the pages that only rejected ones needed.
 
         Args:
             row: the request's row.
-            num_tokens: its computed tokens, the accepted ones included.
-            num_accepted: drafts accepted.
+            num_tokens: tokens before the draft.
+            accepted: which of the draft's tokens are accepted, ascending.
         """
-        self.fill[row] += num_accepted
+        if any(place != index for index, place in enumerate(accepted)):
+            self.work.append(self._compact(row, num_tokens, tuple(accepted)))
+        self.fill[row] += len(accepted)
+        num_tokens += len(accepted)
         self._drop_record_pages(row, keep=record_pages(int(self.fill[row])))
         keep, have = attention_pages(num_tokens), self._num_attention_pages[row]
         self.pools.attention_pages.give_back(self.attention_table[row, keep:have].tolist())
         self._num_attention_pages[row] = keep
+
+    def _compact(self, row: int, num_tokens: int, accepted: tuple[int, ...]) -> Compact:
+        fill = int(self.fill[row])
+        first_record, first_attention = fill // RECORD_PAGE_SIZE, num_tokens // PAGE_SIZE
+        end = accepted[-1] + 1
+        return Compact(
+            fill=fill % RECORD_PAGE_SIZE,
+            record_pages=tuple(self.record_table[row, first_record : record_pages(fill + end)].tolist()),
+            num_tokens=num_tokens,
+            attention_pages=tuple(
+                self.attention_table[row, first_attention : attention_pages(num_tokens + end)].tolist()
+            ),
+            ring=int(self.ring[row]),
+            accepted=accepted,
+        )
 
     def publish(self, row: int, token_ids: Sequence[int], salt: str | None = None, origin: Origin = "prompt") -> None:
         """Offer a request's memory to later requests with the same beginning.

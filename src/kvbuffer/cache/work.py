@@ -1,54 +1,90 @@
-"""Does the copies and folds that :class:`~kvbuffer.cache.memory.RequestMemory` has noted, over all layers."""
+"""Does the copies, folds and moves that :class:`~kvbuffer.cache.memory.RequestMemory` has noted, over all layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from kvbuffer.cache.memory import Copy, Fold
+from kvbuffer.cache.memory import Compact, Copy, Fold, Work
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.cache.transfer import copy_blocks
-from kvbuffer.ops.buffered import fold_records
+from kvbuffer.ops.attention import PAGE_SIZE, compact_pages
+from kvbuffer.ops.buffered import compact_records, fold_records
+from kvbuffer.ops.conv import compact_rings
 from kvbuffer.ops.rule import GATED_DELTANET
 
 
-def do_work(work: Iterable[Copy | Fold], caches: Sequence[LinearCache | AttentionCache]) -> None:
+def do_work(work: Iterable[Work], caches: Sequence[LinearCache | AttentionCache]) -> None:
     """Do work in its order: a block may be freed, and taken again, between two pieces of it."""
     for batch in _batches(work):
         copies = [piece for piece in batch if isinstance(piece, Copy)]
         folds = [piece for piece in batch if isinstance(piece, Fold)]
+        trees = [piece for piece in batch if isinstance(piece, Compact)]
         if copies:
             sources, targets = zip(*((piece.source, piece.target) for piece in copies), strict=True)
             copy_blocks(caches, copies[0].kind, sources, targets)
-        else:
+        elif folds:
             _fold(folds, caches)
+        else:
+            _compact(trees, caches)
 
 
-def _batches(work: Iterable[Copy | Fold]) -> Iterator[list[Copy | Fold]]:
+def _batches(work: Iterable[Work]) -> Iterator[list[Work]]:
     """Group neighbours that can be done at once: of one kind, none writing what another one reads or writes."""
-    batch: list[Copy | Fold] = []
+    batch: list[Work] = []
     batch_kind, read, written = "", set[int](), set[int]()
     for piece in work:
-        kind, source = (piece.kind, piece.source) if isinstance(piece, Copy) else ("fold", piece.slot)
-        if batch and (kind != batch_kind or piece.target in read | written or source in written):
+        kind, source, target = _reach(piece)
+        if batch and (kind != batch_kind or target in read | written or source in written):
             yield batch
             batch, read, written = [], set(), set()
         batch.append(piece)
         batch_kind = kind
         read.add(source)
-        written.add(piece.target)
+        written.add(target)
     if batch:
         yield batch
 
 
+def _reach(piece: Work) -> tuple[str, int, int]:
+    """Return the kind of a piece of work, what it reads and what it writes."""
+    if isinstance(piece, Copy):
+        return piece.kind, piece.source, piece.target
+    if isinstance(piece, Fold):
+        return "fold", piece.slot, piece.target
+    return "compact", piece.ring, piece.ring  # all else that it moves is the same request's
+
+
 def _fold(folds: Sequence[Fold], caches: Sequence[LinearCache | AttentionCache]) -> None:
-    width = max(1, *(len(fold.pages) for fold in folds))
     slots, targets, count = (
         torch.tensor(values, dtype=torch.int32)
         for values in zip(*((fold.slot, fold.target, fold.num_records) for fold in folds), strict=True)
     )
-    pages = torch.tensor([[*fold.pages, *[0] * (width - len(fold.pages))] for fold in folds], dtype=torch.int32)
+    pages = _table([fold.pages for fold in folds])
     for cache in caches:
         if isinstance(cache, LinearCache):
             fold_records(GATED_DELTANET, cache.states, slots, cache.records, pages, count, targets)
+
+
+def _compact(trees: Sequence[Compact], caches: Sequence[LinearCache | AttentionCache]) -> None:
+    fill, before, rings = (
+        torch.tensor(values, dtype=torch.int32)
+        for values in zip(*((tree.fill, tree.num_tokens, tree.ring) for tree in trees), strict=True)
+    )
+    accepted = torch.tensor([place for tree in trees for place in tree.accepted], dtype=torch.int32)
+    borders = torch.tensor([0, *(len(tree.accepted) for tree in trees)]).cumsum(0).int()
+    records, attention = (_table([getattr(t, name) for t in trees]) for name in ("record_pages", "attention_pages"))
+    for cache in caches:
+        if isinstance(cache, LinearCache):
+            compact_records(cache.records, records, fill, accepted, borders)
+            compact_rings(cache.rings, rings, before, accepted, borders)
+        else:
+            compact_pages(cache.pages, attention, before % PAGE_SIZE, accepted, borders)
+
+
+def _table(pages: Sequence[Sequence[int]]) -> Tensor:
+    """Return lists of pages as the rows of a table, int32."""
+    width = max(1, *(len(row) for row in pages))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in pages], dtype=torch.int32)

@@ -76,16 +76,18 @@ class Runner:
         # Where a token lies among its request's = context of its segment + its place in it.
         slots = np.arange(borders[-1], dtype=np.int32) + np.repeat(context - borders[:-1], counts)
         last = np.fromiter((len(segment.request.token_ids) for segment in batch), np.int32, len(batch)) - 1
+        parents, positions = _trees(batch, slots, borders)
         pages = attention_pages(int((context + counts).max()))
         return ModelInputs(
             token_ids=torch.from_numpy(np.fromiter(token_ids, np.int64, borders[-1])),
-            positions=torch.from_numpy(slots),
+            positions=torch.from_numpy(positions),
             cu_seqlens=torch.from_numpy(borders),
             context_lens=torch.from_numpy(context),
             attention_page_table=torch.from_numpy(memory.attention_table[rows, :pages]),
             rings=torch.from_numpy(memory.ring[rows]),
             logits_rows=torch.from_numpy(np.flatnonzero(slots >= np.repeat(last, counts))),
-            sections=tuple(self._sections(batch, rows, context, fill, borders)),
+            sections=tuple(self._sections(batch, rows, context, fill, borders, parents)),
+            parents=None if parents is None else torch.from_numpy(parents),
         )
 
     def _cursors(self, batch: Sequence[Segment], rows: Int32) -> tuple[Int32, Int32]:
@@ -100,7 +102,13 @@ class Runner:
         return context, self.memory.fill[rows]
 
     def _sections(
-        self, batch: Sequence[Segment], rows: Int32, context: Int32, fill: Int32, borders: Int32
+        self,
+        batch: Sequence[Segment],
+        rows: Int32,
+        context: Int32,
+        fill: Int32,
+        borders: Int32,
+        parents: Int32 | None,
     ) -> list[LinearSection]:
         memory, sections, begin = self.memory, [], 0
         for form, group in itertools.groupby(batch, key=lambda segment: segment.form):
@@ -108,17 +116,42 @@ class Runner:
             end = begin + len(folds)
             own, own_fill = rows[begin:end], fill[begin:end]
             width = record_pages(int(own_fill.max()) + int(np.diff(borders[begin : end + 1]).max()))
+            tokens = slice(int(borders[begin]), int(borders[end]))
+            in_trees = parents if form is LinearForm.VERIFIED else None
             sections.append(
                 LinearSection(
                     form=form,
-                    tokens=slice(int(borders[begin]), int(borders[end])),
+                    tokens=tokens,
                     cu_seqlens=torch.from_numpy(borders[begin : end + 1] - borders[begin]),
                     slots=torch.from_numpy(memory.slot[own]),
                     page_table=torch.from_numpy(memory.record_table[own, : max(1, width)]),
                     fill=torch.from_numpy(own_fill),
                     fold=torch.tensor(folds, dtype=torch.uint8),
                     fresh=torch.from_numpy((context[begin:end] == 0).astype(np.uint8)),
+                    parents=None if in_trees is None else torch.from_numpy(in_trees[tokens]),
                 )
             )
             begin = end
         return sections
+
+
+def _trees(batch: Sequence[Segment], slots: Int32, borders: Int32) -> tuple[Int32 | None, Int32]:
+    """Return the token of its segment that each token follows, None where all are chains; and the tokens' positions.
+
+    Args:
+        batch: the segments.
+        slots: [N], where each token lies among its request's: its position, if it is in a chain.
+        borders: [S + 1], of the segments.
+    """
+    if all(segment.draft.parents is None for segment in batch):
+        return None, slots
+    positions = slots.copy()
+    parents = np.arange(borders[-1], dtype=np.int32) - np.repeat(borders[:-1], np.diff(borders)) - 1
+    for segment, end in zip(batch, borders[1:].tolist(), strict=True):
+        if segment.draft.parents is not None:
+            # The token before the draft is the segment's first.
+            begin = end - len(segment.draft.parents)
+            for i, parent in enumerate(segment.draft.parents, begin):
+                parents[i] = parent + 1
+                positions[i] = positions[begin + parent] + 1
+    return parents, positions

@@ -147,8 +147,8 @@ class Scheduler:
             accepted: which of the draft's tokens, a path from the known token.
         """
         assert request.row is not None
+        self.memory.accept(request.row, request.num_computed_tokens, accepted)
         request.num_computed_tokens += len(accepted)
-        self.memory.accept(request.row, request.num_computed_tokens, len(accepted))
 
     def finish(self, request: Request, *, publish: bool = True) -> None:
         """Forget a request and free its memory; what it computed is kept for later requests while there is room.

@@ -39,6 +39,7 @@ class LinearSection:
         fill: [S] int32, records in the buffer before this step.
         fold: [S] uint8, fold those records into the state first (buffered form).
         fresh: [S] uint8, nothing came before: the state starts at zero (chunked form).
+        parents: the rows of :attr:`ModelInputs.parents` (verified form).
     """
 
     form: LinearForm
@@ -49,6 +50,7 @@ class LinearSection:
     fill: Tensor
     fold: Tensor
     fresh: Tensor
+    parents: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,15 @@ class ModelInputs:
 
     Attributes:
         token_ids: [N] int64.
-        positions: [N] int32, place of each token in its request.
+        positions: [N] int32, how many tokens are before each one in its text.
         cu_seqlens: [S + 1] int32, borders of the segments among the tokens.
         context_lens: [S] int32, tokens of each segment's request before it.
         attention_page_table: [S, P] int32, pages of keys and values.
         rings: [S] int32, where the convolutions keep each request's last inputs.
         logits_rows: [R] int64, tokens whose next-token logits are wanted.
         sections: the segments by form, together all of them.
+        parents: [N] int32, the token of its segment that each one follows, -1 for what was before; None where all are
+            chains.
     """
 
     token_ids: Tensor
@@ -74,3 +78,4 @@ class ModelInputs:
     rings: Tensor
     logits_rows: Tensor
     sections: tuple[LinearSection, ...]
+    parents: Tensor | None = None

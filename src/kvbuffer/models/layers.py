@@ -73,7 +73,7 @@ class DeltaHeads:
         shape = self.shape
         projected = self.in_proj.of_add_rms_norm(x, residual, self.input_norm, self.eps)
         where = (cache.rings, inputs.rings, inputs.cu_seqlens, inputs.context_lens)
-        qkv = causal_conv(projected, self.conv_weight, *where)
+        qkv = causal_conv(projected, self.conv_weight, *where, parents=inputs.parents)
         # split() is written in Python and takes three times as long.
         _, z, b, a = projected.split_with_sizes(
             (shape.conv_dim, shape.value_dim, shape.num_value_heads, shape.num_value_heads), 1
@@ -98,7 +98,7 @@ class DeltaHeads:
             elif part.form is LinearForm.CHUNKED:
                 out = chunked_prefill(GATED_DELTANET, own, cache.states, part.slots, part.cu_seqlens, part.fresh)
             else:
-                out = buffered_verify(GATED_DELTANET, own, *buffer, part.cu_seqlens)
+                out = buffered_verify(GATED_DELTANET, own, *buffer, part.cu_seqlens, part.parents)
             parts.append(out)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -168,7 +168,8 @@ class AttentionHeads:
             *where, config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps,
         )  # fmt: skip
         width = config.num_heads * config.head_dim
-        return paged_attention(q, cache.pages, *where, gate=projected[:, width : 2 * width])
+        gate = projected[:, width : 2 * width]
+        return paged_attention(q, cache.pages, *where, gate=gate, parents=inputs.parents)
 
 
 class GatedAttention:

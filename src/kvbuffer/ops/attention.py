@@ -106,6 +106,7 @@ def paged_attention(
     cu_seqlens: Tensor,
     context_lens: Tensor,
     gate: Tensor | None = None,
+    parents: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of every new token to its request's tokens up to and including itself.
 
@@ -121,6 +122,9 @@ def paged_attention(
         cu_seqlens: [B + 1] int32; a request may have no new tokens.
         context_lens: [B] int32, tokens of each request before its new ones.
         gate: [N, H*D] float32, any row stride: the output is multiplied by its sigmoid.
+        parents: [N] int32, the token that each new one follows, counted among its request's new ones and less than its
+            own place; -1 follows the last in the pages. A token sees its path only. None for chains; a request whose
+            tokens are not a chain has at most 64 of them.
 
     Returns:
         [N, H*D] float32.
@@ -128,16 +132,36 @@ def paged_attention(
     num_tokens, num_heads, head_dim = q.shape
     lib = dispatch.cpu_kernels()
     if lib is None or not _supported(pages.dtype, head_dim):
-        return _paged_attention_portable(q, pages, page_table, cu_seqlens, context_lens, gate)
+        return _paged_attention_portable(q, pages, page_table, cu_seqlens, context_lens, gate, parents)
     out = q.new_empty(num_tokens, num_heads * head_dim)
     _declare(lib)
     lib.kvb_paged_attention(
         q.data_ptr(), pages.data_ptr(), page_table.data_ptr(), page_table.stride(0), cu_seqlens.data_ptr(),
         context_lens.data_ptr(), None if gate is None else gate.data_ptr(),
-        0 if gate is None else gate.stride(0), out.data_ptr(),
+        0 if gate is None else gate.stride(0), None if parents is None else parents.data_ptr(), out.data_ptr(),
         context_lens.shape[0], num_heads, pages.shape[2], head_dim, dispatch.DTYPE_CODES[pages.dtype],
     )  # fmt: skip
     return out
+
+
+def compact_pages(
+    pages: Tensor, page_table: Tensor, context_lens: Tensor, accepted: Tensor, cu_accepted: Tensor
+) -> None:
+    """Keep the accepted path of a tree: move its keys and values to where those of a chain lie.
+
+    Args:
+        pages: [num_pages, 2, HKV, PAGE_SIZE, D], written.
+        page_table: [B, P] int32.
+        context_lens: [B] int32, tokens of each request before the tree.
+        accepted: [A] int32, the accepted tokens, counted among their request's own, ascending.
+        cu_accepted: [B + 1] int32, borders of the requests in ``accepted``.
+    """
+    request = torch.arange(len(context_lens)).repeat_interleave(cu_accepted.diff().long())
+    source = context_lens[request] + accepted
+    target = context_lens[request] + torch.arange(len(accepted)) - cu_accepted[request]
+    from_page, to_page = (page_table[request, place // PAGE_SIZE].long() for place in (source, target))
+    for part in (key_pages(pages), pages[:, 1]):
+        part[to_page, :, target % PAGE_SIZE] = part[from_page, :, source % PAGE_SIZE]
 
 
 def _supported(dtype: torch.dtype, head_dim: int) -> bool:
@@ -154,7 +178,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     ]  # fmt: skip
     lib.kvb_paged_attention.restype = None
     lib.kvb_paged_attention.argtypes = [
-        pointer, pointer, pointer, size, pointer, pointer, pointer, size, pointer, size, size, size, size,
+        pointer, pointer, pointer, size, pointer, pointer, pointer, size, pointer, pointer, size, size, size, size,
         ctypes.c_int,
     ]  # fmt: skip
 
@@ -209,6 +233,7 @@ def _paged_attention_portable(
     cu_seqlens: Tensor,
     context_lens: Tensor,
     gate: Tensor | None,
+    parents: Tensor | None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     group = num_heads // pages.shape[2]
@@ -225,8 +250,13 @@ def _paged_attention_portable(
             for part in (keys, values)
         )
         scores = q[begin:end].transpose(0, 1) @ k.mT * head_dim**-0.5
-        future = torch.arange(length) > context + torch.arange(end - begin)[:, None]
-        weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+        seen = torch.ones(end - begin, length, dtype=torch.bool).tril(context)
+        if parents is not None:
+            seen[:, context:] = torch.eye(end - begin, dtype=torch.bool)
+            for i, parent in enumerate(parents[begin:end].tolist()):
+                if parent >= 0:
+                    seen[i, context:] |= seen[parent, context:]
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
         mixed = (weights @ v).transpose(0, 1).flatten(1)
         out[begin:end] = mixed if gate is None else mixed * torch.sigmoid(gate[begin:end])
     return out

@@ -21,13 +21,19 @@ MAX_TAPS = 16
 
 @cache
 def _bind(lib: CDLL) -> CDLL:
-    lib.kvb_causal_conv.argtypes = [c_void_p, c_int64, *[c_void_p] * 6, *[c_int64] * 5]
+    lib.kvb_causal_conv.argtypes = [c_void_p, c_int64, *[c_void_p] * 7, *[c_int64] * 5]
     lib.kvb_causal_conv.restype = None
     return lib
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, pool: Tensor, rings: Tensor, cu_seqlens: Tensor, context_lens: Tensor
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    rings: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    parents: Tensor | None = None,
 ) -> Tensor:
     """Return ``silu(conv(x))`` and keep the last inputs of each request in its ring.
 
@@ -38,6 +44,9 @@ def causal_conv(
         rings: [S] int32. Sequences run in order: one that names the ring of an earlier one goes on where that stopped.
         cu_seqlens: [S + 1] int32, borders of the sequences in ``x``; a sequence may be empty.
         context_lens: [S] int32, position of each sequence's first token; before position 0 the inputs are zero.
+        parents: [N] int32, the token that each one follows, counted among its sequence's own and less than its own
+            place; -1 follows the ring's last. None for chains. Token i of a sequence goes to its place in the ring as
+            in a chain, whatever it follows; a tree has at most R - W + 1 tokens.
 
     Returns:
         [N, C] float32.
@@ -45,18 +54,42 @@ def causal_conv(
     (taps, channels), tokens = weight.shape, x.shape[0]
     lib = dispatch.cpu_kernels()
     if lib is None:
-        return _causal_conv_portable(x[:, :channels], weight, pool, rings, cu_seqlens, context_lens)
+        return _causal_conv_portable(x[:, :channels], weight, pool, rings, cu_seqlens, context_lens, parents)
     out = torch.empty(tokens, channels)
     _bind(lib).kvb_causal_conv(
         x.data_ptr(), x.stride(0), weight.data_ptr(), pool.data_ptr(), rings.data_ptr(), cu_seqlens.data_ptr(),
-        context_lens.data_ptr(), out.data_ptr(), rings.shape[0], channels, taps, pool.shape[1],
+        context_lens.data_ptr(), None if parents is None else parents.data_ptr(), out.data_ptr(),
+        rings.shape[0], channels, taps, pool.shape[1],
         dispatch.DTYPE_CODES[pool.dtype],
     )  # fmt: skip
     return out
 
 
+def compact_rings(pool: Tensor, rings: Tensor, context_lens: Tensor, accepted: Tensor, cu_accepted: Tensor) -> None:
+    """Keep the inputs of the accepted path of a tree: move them to where those of a chain lie.
+
+    Args:
+        pool: [num_rings, R, C], written.
+        rings: [B] int32.
+        context_lens: [B] int32, tokens of each request before the tree.
+        accepted: [A] int32, the accepted tokens, counted among their request's own, ascending.
+        cu_accepted: [B + 1] int32, borders of the requests in ``accepted``.
+    """
+    ring_len, counts = pool.shape[1], cu_accepted.diff().long()
+    request = torch.arange(len(rings)).repeat_interleave(counts)
+    target = torch.arange(len(accepted)) - cu_accepted[request]
+    ring, context = rings[request].long(), context_lens[request]
+    pool[ring, (context + target) % ring_len] = pool[ring, (context + accepted) % ring_len]
+
+
 def _causal_conv_portable(
-    x: Tensor, weight: Tensor, pool: Tensor, rings: Tensor, cu_seqlens: Tensor, context_lens: Tensor
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    rings: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    parents: Tensor | None,
 ) -> Tensor:
     (taps, channels), ring_len = weight.shape, pool.shape[1]
     out = torch.empty(x.shape[0], channels)
@@ -68,9 +101,15 @@ def _causal_conv_portable(
         before = torch.arange(context - taps + 1, context)
         past = torch.where((before >= 0).unsqueeze(1), pool[ring, before % ring_len].float(), 0.0)
         inputs = torch.cat([past, x[begin:end]])
-        taps_first = weight.T.unsqueeze(1)  # [C, 1, W]
-        conv = F.conv1d(inputs.T.unsqueeze(0), taps_first, groups=channels)
-        out[begin:end] = F.silu(conv[0].T)
+        # Where the inputs of each token are, [n, W]: its own last.
+        path = torch.arange(taps - 1, taps - 1 + end - begin)
+        before = path - 1 if parents is None else parents[begin:end].long() + taps - 1
+        path = torch.cat([torch.arange(taps - 1), path])
+        before = torch.cat([torch.arange(-1, taps - 2), before])
+        places = [path[taps - 1 :]]
+        for _ in range(taps - 1):
+            places.insert(0, before[places[0]])
+        out[begin:end] = F.silu((inputs[torch.stack(places, 1)] * weight).sum(1))
         kept = torch.arange(max(begin, end - ring_len), end)
         pool[ring, (context + kept - begin) % ring_len] = x[kept].to(pool.dtype)
     return out

@@ -16,7 +16,7 @@ from kvbuffer import SamplingParams
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import FinishReason
 from tests.support.checkpoints import VOCAB_SIZE
-from tests.support.drafters import OracleDrafter, fixed_length, sometimes, use_drafter
+from tests.support.drafters import OracleDrafter, TreeDrafter, fixed_length, sometimes, use_drafter
 from tests.support.plans import Outputs, check_idle, poison_free, sized_engine
 
 MAX_LEN = 160
@@ -85,6 +85,24 @@ class TestIdentity:
             assert engine.stats.num_folds > 0
         if is_right is NEVER:
             assert stats.num_accepted_tokens == 0
+
+    @pytest.mark.parametrize("num_drafts", [3, 12, 40])
+    @pytest.mark.parametrize(("buffer_len", "kv_only_len"), [(1, 0), (3, 24), (16, 24)])
+    def test_trees(self, tiny: Path, expected, oracle, buffer_len: int, kv_only_len: int, num_drafts: int) -> None:
+        engine = speculating(tiny, num_drafts, buffer_len=buffer_len, kv_only_len=kv_only_len, tokens=512)
+        use_drafter(engine, TreeDrafter(oracle(ALWAYS).outputs, sometimes(0.9), VOCAB_SIZE))
+        outputs = run(engine, PROMPTS, greedy())
+        assert list(outputs.tokens.values()) == [output[:OUTPUT_LEN] for output in expected]
+        assert engine.stats.speculative.num_accepted_tokens > 0
+
+    def test_trees_beside_chains(self, tiny: Path, expected, oracle) -> None:
+        engine = speculating(tiny, 8, buffer_len=3)
+        trees = TreeDrafter(oracle(ALWAYS).outputs, sometimes(0.9), VOCAB_SIZE)
+        chains, propose = oracle(sometimes(0.5)), trees._propose
+        trees._propose = lambda request, limit: (propose, chains._propose)[int(request.request_id) % 2](request, limit)
+        use_drafter(engine, trees)
+        outputs = run(engine, PROMPTS, greedy())
+        assert list(outputs.tokens.values()) == [output[:OUTPUT_LEN] for output in expected]
 
     def test_where_the_recurrence_is_cheaper(self, tiny: Path, expected, oracle, monkeypatch) -> None:
         """Drafts are verified in a buffer all the same; its records are folded before the recurrence goes on."""

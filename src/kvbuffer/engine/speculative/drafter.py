@@ -30,6 +30,16 @@ class Draft(NamedTuple):
     token_ids: list[int]
     parents: list[int] | None = None
 
+    @property
+    def depth(self) -> int:
+        """The most tokens of it that can be accepted."""
+        if self.parents is None:
+            return len(self.token_ids)
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 + (depths[parent] if parent >= 0 else 0))
+        return max(depths, default=0)
+
     def child(self, place: int, token_id: int) -> int | None:
         """Return the place of the guess ``token_id`` that follows the guess at ``place`` (-1: the known token)."""
         if self.parents is None:

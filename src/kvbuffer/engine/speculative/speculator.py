@@ -121,7 +121,7 @@ class Speculator:
         for place in range(num_accepted):
             self.stats.num_accepted_tokens_per_pos[place] += 1
         if self._lengths is not None:
-            self._lengths.observe_draft(request, len(draft.token_ids), num_accepted)
+            self._lengths.observe_draft(request, draft.depth, num_accepted)
 
     def forget(self, request: Request, publish: bool) -> None:
         """Drop what is kept of a request that ends and still has its memory."""

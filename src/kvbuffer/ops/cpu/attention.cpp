@@ -25,6 +25,7 @@ struct Attention {
   float* out;
   int64_t gate_stride, heads, kv_heads, dim;
   Sequences seqs;
+  const uint64_t* paths;  // of each token: its path in its tree, bit i being the request's new token i; null for chains
 
   int64_t group() const { return heads / kv_heads; }
 };
@@ -128,14 +129,28 @@ Unit<float> widened(const Unit<bf16>& unit, int64_t dim, AttentionScratch& scrat
   return wide;
 }
 
-template <bool kAhead, class E>
-void attend_unit(const Unit<E>& unit, const Block& block, int64_t at, int64_t group, int64_t dim,
-                 AttentionScratch& scratch, const Partial& part) {
+uint64_t first_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << std::max<int64_t>(count, 0)) - 1; }
+
+// Which tokens of the unit at `at` the block's token `t` sees: all before it, or in a tree those of its path.
+template <class T>
+uint64_t visible_tokens(const Attention<T>& a, const Block& block, int64_t t, int64_t at) {
+  static_assert(kUnit == 64, "one bit for each token of a unit");
+  const uint64_t path = a.paths ? a.paths[block.token + t] : 0;
+  if (!path) return first_bits(block.start + t + 1 - at);
+  const int64_t context = a.seqs.context_lens[block.request], distance = context - at;
+  if (distance >= kUnit) return first_bits(kUnit);
+  return first_bits(distance) | (distance >= 0 ? path << distance : distance > -64 ? path >> -distance : 0);
+}
+
+template <bool kAhead, class T, class E>
+void attend_unit(const Attention<T>& a, const Unit<E>& unit, const Block& block, int64_t at, AttentionScratch& scratch,
+                 const Partial& part) {
+  const int64_t group = a.group(), dim = a.dim;
   const int64_t first = block.first_row(at, group), rows = block.count * group;
   float* scores = scratch.scores + first * kUnit;
   score_unit<kAhead>(scratch.q + first * dim, unit, rows - first, dim, scores);
   for (int64_t r = first; r < rows; ++r)
-    softmax_row(scratch.scores + r * kUnit, std::min<int64_t>(kUnit, block.start + r / group + 1 - at), part.max + r,
+    softmax_row(scratch.scores + r * kUnit, visible_tokens(a, block, r / group, at), part.max + r,
                 scratch.lanes + r * kLanes, scratch.scale + r);
   value_unit<kAhead>(scores, unit, scratch.scale + first, rows - first, dim, part.acc + first * dim);
 }
@@ -152,9 +167,9 @@ void attend_split(const Attention<T>& a, const Block& block, int64_t split, Atte
   for (int64_t at = begin; at < end; at += kUnit) {
     const Unit<T> unit = unit_at(a, block, at, end);
     if (rows <= kFewRows)
-      attend_unit<true>(unit, block, at, a.group(), a.dim, scratch, part);
+      attend_unit<true>(a, unit, block, at, scratch, part);
     else
-      attend_unit<false>(widened(unit, a.dim, scratch), block, at, a.group(), a.dim, scratch, part);
+      attend_unit<false>(a, widened(unit, a.dim, scratch), block, at, scratch, part);
   }
   for (int64_t r = 0; r < rows; ++r) part.sum[r] = hsum(load(scratch.lanes + r * kLanes));
 }
@@ -292,6 +307,22 @@ void paged_attention(const Attention<T>& a) {
     attend_blocks(a, blocks, max_rows);
 }
 
+// The paths of the tokens of trees; 0 for tokens of chains.
+std::vector<uint64_t> tree_paths(const Sequences& seqs, const int32_t* parents) {
+  std::vector<uint64_t> paths(seqs.cu_seqlens[seqs.num_seqs]);
+  for (int64_t b = 0; b < seqs.num_seqs; ++b) {
+    const int64_t begin = seqs.cu_seqlens[b], count = seqs.cu_seqlens[b + 1] - begin;
+    bool chain = true;
+    for (int64_t i = 0; i < count; ++i) chain &= parents[begin + i] == i - 1;
+    if (chain) continue;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t parent = parents[begin + i];
+      paths[begin + i] = (parent < 0 ? 0 : paths[begin + parent]) | uint64_t{1} << i;
+    }
+  }
+  return paths;
+}
+
 }  // namespace
 }  // namespace kvb
 
@@ -300,16 +331,19 @@ using namespace kvb;
 //   q            [N, H, D]         float32      read
 //   pages, page_table, cu_seqlens, context_lens: see paged_kv.h, read
 //   gate         [N, gate_stride]  float32      read     rows of H*D; null for none
+//   parents      [N]               int32        read     the token that each follows among its request's new ones, -1 the
+//                                                        last in the pages; null for chains
 //   out          [N, H*D]          float32      written
 extern "C" void kvb_paged_attention(const float* q, const void* pages, const int32_t* page_table, int64_t table_stride,
                                     const int32_t* cu_seqlens, const int32_t* context_lens, const float* gate,
-                                    int64_t gate_stride, float* out, int64_t num_seqs, int64_t heads, int64_t kv_heads,
+                                    int64_t gate_stride, const int32_t* parents, float* out, int64_t num_seqs, int64_t heads, int64_t kv_heads,
                                     int64_t dim, int page_dtype) {
   const Sequences seqs{page_table, cu_seqlens, context_lens, table_stride, num_seqs};
+  const std::vector<uint64_t> paths = parents ? tree_paths(seqs, parents) : std::vector<uint64_t>();
   const auto run = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    paged_attention(
-        Attention<T>{q, gate, static_cast<const T*>(pages), out, gate_stride, heads, kv_heads, dim, seqs});
+    paged_attention(Attention<T>{q, gate, static_cast<const T*>(pages), out, gate_stride, heads, kv_heads, dim, seqs,
+                                 parents ? paths.data() : nullptr});
   };
   page_dtype == 0 ? run(static_cast<float*>(nullptr)) : run(static_cast<bf16*>(nullptr));
 }

@@ -110,16 +110,16 @@ static inline float hmax(Vec v) {
   return lane[0];
 }
 
-// One step of the online softmax, for a row that sees the first `visible` tokens of the unit: its scores
-// become weights relative to the new maximum; `scale` takes earlier results from the old maximum to the new.
-void softmax_row(float* scores, int64_t visible, float* max, float* lanes, float* scale) {
-  VecI lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+// One step of the online softmax, for a row that sees the tokens of the unit whose bits are set in `visible`: its
+// scores become weights relative to the new maximum; `scale` takes earlier results from the old maximum to the new.
+void softmax_row(float* scores, uint64_t visible, float* max, float* lanes, float* scale) {
+  VecI bit;
+  for (int i = 0; i < kLanes; ++i) bit[i] = 1 << i;
   Vec s[kUnitVecs];
   VecI seen[kUnitVecs];
   Vec top = splat(*max);
   for (int c = 0; c < kUnitVecs; ++c) {
-    seen[c] = lane + c * kLanes < static_cast<int32_t>(visible);
+    seen[c] = (bit & static_cast<int32_t>(visible >> (c * kLanes) & ((uint64_t{1} << kLanes) - 1))) != 0;
     s[c] = load(scores + c * kLanes);
     s[c] = seen[c] ? s[c] : splat(kLowest);
     top = s[c] > top ? s[c] : top;

@@ -7,6 +7,8 @@
 // rings         [S]              int32               read
 // cu_seqlens    [S + 1]          int32               read
 // context_lens  [S]              int32               read: position of each sequence's first token
+// parents       [N]              int32               read: the token that each follows in its sequence, -1 the ring's
+//                                                    last; null for chains
 // out           [N, C]           float32             written: silu(conv(x))
 #include <algorithm>
 #include <type_traits>
@@ -20,7 +22,7 @@ struct Conv {
   const float* x;
   int64_t x_stride;
   const float* weight;
-  const int32_t *rings, *cu_seqlens, *context_lens;
+  const int32_t *rings, *cu_seqlens, *context_lens, *parents;
   float* out;
   int64_t sequences, channels, taps, ring_len;
 };
@@ -75,11 +77,13 @@ void convolve_block(const Conv& conv, T* pool, int64_t c0) {
     T* ring = pool + conv.rings[s] * R * C + c0;
     if (s + 1 < conv.sequences) prefetch_ring(conv, pool, s + 1, c0, n);
     for (int64_t t = 0; t < len; ++t) {
-      // Taps reach back to the position t - W + 1; before the request's start there is nothing to add.
-      const int64_t oldest = std::max(t - W + 1, -context), num_past = std::max<int64_t>(0, -oldest);
-      for (int64_t i = 0; i < num_past; ++i) past[i] = ring + (context + oldest + i) % R * C;
-      const int64_t first = std::max<int64_t>(0, oldest), num_inputs = t - first + 1;
-      for (int64_t i = 0; i < num_inputs; ++i) inputs[i] = conv.x + (begin + first + i) * conv.x_stride + c0;
+      // Taps reach back along the token's path, then into the ring; before the request's start there is nothing to add.
+      int64_t num_inputs = 0;
+      for (int64_t i = t; i >= 0 && num_inputs < W; i = conv.parents ? conv.parents[begin + i] : i - 1)
+        inputs[num_inputs++] = conv.x + (begin + i) * conv.x_stride + c0;
+      std::reverse(inputs, inputs + num_inputs);
+      const int64_t num_past = std::min(W - num_inputs, context), oldest = context - num_past;
+      for (int64_t i = 0; i < num_past; ++i) past[i] = ring + (oldest + i) % R * C;
       const float* weight = conv.weight + (W - num_past - num_inputs) * C + c0;
       float* out = conv.out + (begin + t) * C + c0;
       // Models have four taps: one token with all of its past, and a token behind others.
@@ -115,9 +119,11 @@ void causal_conv(const Conv& conv, T* pool) {
 using namespace kvb;
 
 extern "C" void kvb_causal_conv(const float* x, int64_t x_stride, const float* weight, void* pool, const int32_t* rings,
-                                const int32_t* cu_seqlens, const int32_t* context_lens, float* out, int64_t sequences,
-                                int64_t channels, int64_t taps, int64_t ring_len, int64_t pool_dtype) {
-  const Conv conv{x, x_stride, weight, rings, cu_seqlens, context_lens, out, sequences, channels, taps, ring_len};
+                                const int32_t* cu_seqlens, const int32_t* context_lens, const int32_t* parents,
+                                float* out, int64_t sequences, int64_t channels, int64_t taps, int64_t ring_len,
+                                int64_t pool_dtype) {
+  const Conv conv{x,       x_stride,  weight,   rings, cu_seqlens, context_lens,
+                  parents, out, sequences, channels, taps,  ring_len};
   if (pool_dtype)
     causal_conv(conv, static_cast<bf16*>(pool));
   else
