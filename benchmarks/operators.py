@@ -2,7 +2,7 @@
 
 The engine runs in this process with every operator wrapped in a clock, as it is served in serve.py, but that memory
 has been used before: what a machine takes to hand out new pages is no operator's time. All requests are in every step
-of decode that counts. Times are means over windows of whole buffer cycles, so that the cost of folds is spread as it is in
+of decode that counts. Times are means over windows of whole buffer cycles, so that folds weigh what they weigh in
 service, and medians over windows. The bound of an operator is the larger of the bytes it cannot avoid moving over the
 measured read bandwidth, and its arithmetic over the measured peak.
 

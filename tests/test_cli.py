@@ -98,6 +98,38 @@ def test_serve_takes_vllms_flags(served: dict[str, Any]) -> None:
     assert {name: served[name] for name in expected} == expected
 
 
+def test_serve_takes_sglangs_flags(served: dict[str, Any]) -> None:
+    flags = (
+        "--model-path some/model --port 0 --context-length 512 --max-running-requests 8 --chunked-prefill-size 128 "
+        "--max-queued-requests 9 --mamba-ssm-dtype bfloat16 --disable-radix-cache --log-level info"
+    )
+    result = runner.invoke(cli.app, ["serve", *flags.split()], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    expected = {
+        "model": "some/model",
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "max_queue_len": 9,
+        "state_dtype": "bfloat16",
+        "enable_prefix_caching": False,
+        "log_level": "info",
+    }
+    assert {name: served[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_a_model_path_wins_over_the_file_which_knows_sglangs_names(
+    served: dict[str, Any], tmp_path: Path, order: slice
+) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("model: from/file\nport: 0\ncontext-length: 512\n")
+    flags = [["--config", str(config)], ["--model-path", "from/flag"]][order]
+    result = runner.invoke(cli.app, ["serve", *flags[0], *flags[1]], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert (served["model"], served["max_model_len"]) == ("from/flag", 512)
+
+
 def test_serve_says_what_it_runs_and_how_to_call_it(served: dict[str, Any]) -> None:
     output = runner.invoke(cli.app, ["serve", "demo", "--port", "0", "--api-key", "secret"]).output
     port = served["address"][1]

@@ -29,6 +29,7 @@ from kvbuffer.cli_options import (
     MaxQueueLen,
     Memory,
     Model,
+    ModelPath,
     PrefixCaching,
     RecordDtype,
     SpeculativeConfigOption,
@@ -93,7 +94,9 @@ def serve(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Jinja file in place of the model's template."),
     ] = None,
-    uvicorn_log_level: Annotated[LogLevel, typer.Option(help="How much the HTTP server logs.")] = LogLevel.WARNING,
+    uvicorn_log_level: Annotated[
+        LogLevel, typer.Option("--uvicorn-log-level", "--log-level", help="How much the HTTP server logs.")
+    ] = LogLevel.WARNING,
     instcache_store: Annotated[
         Path | None,
         typer.Option(
@@ -106,6 +109,7 @@ def serve(
     shutdown_timeout: Annotated[
         float, typer.Option(min=0.0, help="Seconds that running requests get to finish on SIGINT or SIGTERM.")
     ] = 30.0,
+    model_path: ModelPath = None,
     config: Annotated[
         Path | None,
         typer.Option(is_eager=True, callback=use_config_file, help="YAML file of these options; flags win."),

@@ -1,4 +1,7 @@
-"""Options of the command line: their types, their help, and the file they may come from."""
+"""Options of the command line: their types, their help, and the file they may come from.
+
+They have vLLM's names, and beside them SGLang's where it has the same option.
+"""
 
 from __future__ import annotations
 
@@ -65,29 +68,67 @@ def use_config_file(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} must hold options and their values, as in 'port: 8000'.")
-    values = {
-        str(name).replace("-", "_"): json.dumps(value) if isinstance(value, dict) else value
-        for name, value in values.items()
+    names = {
+        name.lstrip("-").replace("-", "_"): parameter.name
+        for parameter in context.command.params
+        if parameter.name != "config"
+        for name in parameter.opts
     }
-    known = {parameter.name for parameter in context.command.params} - {"config"}
-    if unknown := values.keys() - known:
+    values = {
+        names.get(name := str(option).replace("-", "_"), name): json.dumps(value) if isinstance(value, dict) else value
+        for option, value in values.items()
+    }
+    if unknown := values.keys() - names.values():
         raise typer.BadParameter(
             f"{path} has unknown options: {', '.join(sorted(unknown))}; see {context.command_path} --help."
         )
-    context.default_map = values
+    context.default_map = values | (context.default_map or {})
+    return path
+
+
+def use_model_path(context: typer.Context, path: str | None) -> str | None:
+    """Take the model from an option instead of the argument."""
+    if path is not None:
+        context.default_map = {**(context.default_map or {}), "model": path}
     return path
 
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or 'demo' for the embedded model.")]
-StateDtypeOption = Annotated[StateDtype, typer.Option(help="Type of linear-attention states; auto is float32.")]
+ModelPath = Annotated[
+    str | None, typer.Option(is_eager=True, callback=use_model_path, help="The same as MODEL, as SGLang has it.")
+]
+StateDtypeOption = Annotated[
+    StateDtype,
+    typer.Option(
+        "--state-dtype",
+        "--mamba-ssm-cache-dtype",
+        "--mamba-ssm-dtype",
+        help="Type of linear-attention states; auto is float32.",
+    ),
+]
 RecordDtype = Annotated[
     Dtype, typer.Option(help="Type of keys and values in KV buffers; auto is float32 beside float32 states.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Type of weights and activations; auto is the checkpoint's.")]
-MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Context length in tokens; default: the model's.")]
-MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Most requests in one step.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, help="Most tokens in one step.")]
-MaxQueueLen = Annotated[int, typer.Option(min=1, help="Most requests waiting, half of them of one client; then 429.")]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option("--max-model-len", "--context-length", min=1, help="Context length in tokens; default: the model's."),
+]
+MaxNumSeqs = Annotated[
+    int, typer.Option("--max-num-seqs", "--max-running-requests", min=1, help="Most requests in one step.")
+]
+MaxNumBatchedTokens = Annotated[
+    int, typer.Option("--max-num-batched-tokens", "--chunked-prefill-size", min=1, help="Most tokens in one step.")
+]
+MaxQueueLen = Annotated[
+    int,
+    typer.Option(
+        "--max-queue-len",
+        "--max-queued-requests",
+        min=1,
+        help="Most requests waiting, half of them of one client; then 429.",
+    ),
+]
 Memory = Annotated[
     int | None,
     typer.Option(parser=parse_size, metavar="SIZE", help="Bytes for states, buffers and caches, as in 8GiB."),
@@ -119,5 +160,12 @@ CqilFile = Annotated[
     Path | None,
     typer.Option("--cqil", dir_okay=False, help="Plan of the layers to compute at once; see 'kvbuffer cqil plan'."),
 ]
-PrefixCaching = Annotated[bool, typer.Option(help="Reuse what earlier requests with the same beginning computed.")]
+PrefixCaching = Annotated[
+    bool,
+    typer.Option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        " /--disable-radix-cache",
+        help="Reuse what earlier requests with the same beginning computed.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")]
