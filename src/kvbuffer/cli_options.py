@@ -82,7 +82,7 @@ def use_config_file(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(
             f"{path} has unknown options: {', '.join(sorted(unknown))}; see {context.command_path} --help."
         )
-    context.default_map = values | (context.default_map or {})
+    context.default_map = {**values, **(context.default_map or {})}
     return path
 
 

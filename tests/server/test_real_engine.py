@@ -129,6 +129,42 @@ def test_bad_input_is_refused(url: str, fields: dict[str, Any], param: str) -> N
     assert_everything_is_returned(url)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_text_wherever_tokens_are_divided(url: str, stream: bool) -> None:
+    body = {"prompt": "the buffer", "temperature": 0, "max_tokens": 16, "ignore_eos": True}
+    whole = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+    for begin in range(3, 6):
+        stop = whole[begin : begin + 7]
+        answer = httpx.post(f"{url}/v1/completions", json=body | {"stop": stop, "stream": stream}, timeout=60)
+        if stream:
+            events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        else:
+            events = [answer.json()]
+        choices = [event["choices"][0] for event in events]
+        assert "".join(choice["text"] for choice in choices) == whole[: whole.index(stop)]
+        assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", stop)
+    assert_everything_is_returned(url)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1e300},
+        {"temperature": 1e-300},
+        {"top_k": 10**9},
+        {"top_p": 1e-300},
+        {"repetition_penalty": 1e300},
+        {"min_p": 1.0},
+    ],
+    ids=str,
+)
+def test_extreme_values_that_mean_something_are_served(url: str, fields: dict[str, Any]) -> None:
+    body = {"prompt": "the state", "temperature": 1, "max_tokens": 8, "ignore_eos": True} | fields
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert (response.status_code, response.json()["usage"]["completion_tokens"]) == (200, 8)
+    assert_everything_is_returned(url)
+
+
 def test_vanished_clients_do_not_disturb_their_neighbours(client: openai.OpenAI, url: str) -> None:
     body = {"prompt": ["key", "value"], "max_tokens": 400, "ignore_eos": True, "stream": True, "temperature": 0.7}
 
