@@ -29,19 +29,37 @@ struct Decode {
 struct DecodeScratch {
   Scratch decay, reads[2], weights, total, scores[2], answers[2], written;
   FoldScratch fold;
+  Ahead ahead;
 };
 
 // scores[x][row] = what is left of a record's key . x
 template <int NX, class E>
 void score_records(const Records<E>& records, int64_t n, const float* weights, const float* const (&x)[NX],
-                   float* const (&scores)[NX]) {
+                   float* const (&scores)[NX], Ahead& ahead) {
   records.for_keys(n, [&](int64_t record, int64_t row, const E* key) {
+    ahead.step();
     Vec acc[NX] = {};
     for_weighted_key(records.shape, key, record, weights, [&](int64_t r, Vec e) {
       for (int i = 0; i < NX; ++i) acc[i] += e * load(x[i] + r);
     });
     for (int i = 0; i < NX; ++i) scores[i][row] = hsum(acc[i]);
   });
+}
+
+// Prepares to fetch, with the K rows of a state, what the task after this one reads.
+template <class S, class E>
+void look_ahead(const Decode& d, int64_t task, bool folding, Ahead& ahead) {
+  const Shape& shape = d.shape;
+  ahead.clear();
+  if (++task < d.requests * shape.HV) {
+    const int64_t request = task / shape.HV, value_head = task % shape.HV;
+    expect_token(d.tokens.at(shape, request, value_head), shape, d.out + task * shape.V, ahead);
+    // The one to be appended is expected as well; behind a fold it is the first.
+    Records<E>(d.records, shape, request, value_head).expect(d.fill[request] + !d.fold[request], ahead);
+    if (d.slots[request] >= 0)
+      expect_state(state_of<S>(d.states, shape, d.slots[request], value_head), shape.K, shape.V, folding, ahead);
+  }
+  ahead.spread(shape.K);
 }
 
 template <int NX, class S, class E>
@@ -53,7 +71,8 @@ void decode_head(const Decode& d, int64_t request, int64_t value_head, DecodeScr
   const State<S> state = state_of<S>(d.states, shape, d.slots[request], value_head);
   int64_t n = d.fill[request];
   if (d.fold[request]) {
-    fold_records(state, records, n, scratch.fold);
+    look_ahead<S, E>(d, request * shape.HV + value_head, true, scratch.ahead);
+    fold_records(state, records, n, scratch.fold, scratch.ahead);
     n = 0;
   }
   float *decay = scratch.decay.reserve(K), *weights = scratch.weights.reserve(n * K), *total = scratch.total.reserve(K);
@@ -67,18 +86,22 @@ void decode_head(const Decode& d, int64_t request, int64_t value_head, DecodeScr
   token_decay(token, shape, decay);
   token_reads(token, shape, decay, x);
   record_weights(records, n, weights, total);
-  score_records(records, n, weights, x, scores);
+  scratch.ahead.clear();
+  if (n && d.slots[request] >= 0) expect_state(state, shape.K, V, false, scratch.ahead);
+  scratch.ahead.spread(n * pairs);
+  score_records(records, n, weights, x, scores, scratch.ahead);
+  if (!d.fold[request]) look_ahead<S, E>(d, request * shape.HV + value_head, false, scratch.ahead);
   if (d.slots[request] >= 0) {
     for (int i = 0; i < NX; ++i) {
       multiply(x[i], total, K);
       apply_row_scales(state, shape.K, x[i]);
     }
-    add_products(state.data, shape.K, V, x, answers);
+    add_state_products(state, shape.K, V, x, answers, scratch.ahead);
   }
   records.for_pages(0, n, [&](int64_t first, int64_t count) {
     const float* coefficients[NX];
     for (int i = 0; i < NX; ++i) coefficients[i] = scores[i] + first * pairs;
-    add_products(records.values(first), count * pairs, V, coefficients, answers);
+    add_products(records.values(first), count * pairs, V, coefficients, answers, scratch.ahead);
   });
   float* u = scratch.written.reserve(pairs * V);
   token_write(token, shape, answers, u, d.out + (request * shape.HV + value_head) * V);

@@ -6,12 +6,13 @@
 namespace kvb {
 
 struct FoldScratch {
-  Scratch weights, decay, keys, values, row;
+  Scratch weights, decay, keys, values, rows;
 };
 
-// S = A S + sum over the first n records of (their keys as decayed since) (outer) (their values).
+// S = A S + sum over the first n records of (their keys as decayed since) (outer) (their values). K steps ahead.
 template <class S, class E>
-inline void fold_records(const State<S>& state, const Records<E>& records, int64_t n, FoldScratch& scratch) {
+inline void fold_records(const State<S>& state, const Records<E>& records, int64_t n, FoldScratch& scratch,
+                         Ahead& ahead) {
   const Shape& shape = records.shape;
   const int64_t K = padded(shape.K), V = shape.V, rows = n * shape.pairs;
   float *weights = scratch.weights.reserve(n * K), *decay = scratch.decay.reserve(K);
@@ -22,7 +23,7 @@ inline void fold_records(const State<S>& state, const Records<E>& records, int64
     float* to = values + first * shape.pairs * V;
     for_vectors(records.values(first), count * shape.pairs * V, [&](int64_t i, Vec e) { store(to + i, e); });
   });
-  fold_state(state, shape.K, V, decay, keys, values, rows, scratch.row.reserve(V));
+  fold_state(state, shape.K, V, decay, keys, values, rows, scratch.rows.reserve(kRoundRows * V), ahead);
 }
 
 }  // namespace kvb

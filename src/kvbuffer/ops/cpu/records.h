@@ -45,6 +45,15 @@ struct Records {
     });
   }
 
+  // The first n records, to be read by the next task.
+  void expect(int64_t n, Ahead& ahead) const {
+    for_pages(0, n, [&](int64_t first, int64_t count) {
+      ahead.expect(keys(first), count * shape.pairs * shape.K * sizeof(E));
+      ahead.expect(values(first), count * shape.pairs * shape.V * sizeof(E));
+      ahead.expect(decays(first), count * shape.decay_width * sizeof(float));
+    });
+  }
+
  private:
   int64_t place(int64_t i, int64_t heads, int64_t head) const {
     return (pages[i / pool.page_size] * heads + head) * pool.page_size + i % pool.page_size;

@@ -12,7 +12,8 @@ namespace kvb {
 namespace {
 
 struct RecurrentScratch {
-  Scratch decay, reads[2], answers[2], keys, written, row;
+  Scratch decay, reads[2], answers[2], keys, written, rows;
+  Ahead ahead;
 };
 
 template <int NX, class S>
@@ -29,24 +30,31 @@ void decode_head(const Shape& shape, const Tokens::Head& token, const State<S>& 
   token_decay(token, shape, decay);
   token_reads(token, shape, decay, x);
   for (int i = 0; i < NX; ++i) apply_row_scales(state, shape.K, x[i]);
-  add_products(state.data, shape.K, V, x, answers);
+  add_state_products(state, shape.K, V, x, answers, scratch.ahead);
   token_write(token, shape, answers, u, out);
   for_token_keys(token, [&](int64_t pair, const float* key) { std::copy_n(key, shape.K, keys + pair * K); });
-  fold_state(state, shape.K, V, decay, keys, u, shape.pairs, scratch.row.reserve(V));
+  fold_state(state, shape.K, V, decay, keys, u, shape.pairs, scratch.rows.reserve(kRoundRows * V), scratch.ahead);
 }
 
 template <int NX, class S>
 void decode(const Shape& shape, const Tokens& tokens, const StatePool& states, const int32_t* slots, float* out,
             int64_t requests) {
+  const auto state = [&](int64_t task) { return state_of<S>(states, shape, slots[task / shape.HV], task % shape.HV); };
+  const auto token = [&](int64_t task) { return tokens.at(shape, task / shape.HV, task % shape.HV); };
+  const int64_t tasks = requests * shape.HV;
 #pragma omp parallel
   {
     const FlushDenormals flush;
     static thread_local RecurrentScratch scratch;
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < requests * shape.HV; ++task) {
-      const int64_t b = task / shape.HV, value_head = task % shape.HV;
-      decode_head<NX>(shape, tokens.at(shape, b, value_head), state_of<S>(states, shape, slots[b], value_head),
-                      out + task * shape.V, scratch);
+    for (int64_t task = 0; task < tasks; ++task) {
+      scratch.ahead.clear();
+      if (task + 1 < tasks) {
+        expect_token(token(task + 1), shape, out + (task + 1) * shape.V, scratch.ahead);
+        expect_state(state(task + 1), shape.K, shape.V, false, scratch.ahead);
+      }
+      scratch.ahead.spread(2 * shape.K);
+      decode_head<NX>(shape, token(task), state(task), out + task * shape.V, scratch);
     }
   }
 }

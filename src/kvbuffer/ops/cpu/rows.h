@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "ahead.h"
 #include "vec.h"
 
 namespace kvb {
@@ -57,20 +58,11 @@ inline void for_column_blocks(int64_t V, F&& f) {
   for (; c < V; c += kLanes) f(c, std::integral_constant<int, 1>());
 }
 
-// Rows are fetched into the L2 cache this far ahead of their use: past the end of one head's state lies the next one's.
-constexpr int64_t kAheadBytes = 16384;
-
-template <int NV, class T>
-inline void prefetch(const T* row) {
-  const char* ahead = reinterpret_cast<const char*>(row) + kAheadBytes;
-  for (int64_t at = 0; at < NV * kLanes * static_cast<int64_t>(sizeof(T)); at += 64)
-    __builtin_prefetch(ahead + at, 0, 2);
-}
-
-// out[x] += sum over r < n of coefficients[x][r] * rows[r], rows being [n, V]: one pass over the rows for all NX sums.
+// out[x] += sum over r < n of coefficients[x][r] * rows[r], rows being [n, V]: one pass over the rows for all NX sums,
+// and a step ahead with each.
 template <int NX, class T>
 KVB_SINGLE_COPY void add_products(const T* rows, int64_t n, int64_t V, const float* const (&coefficients)[NX],
-                                  float* const (&out)[NX]) {
+                                  float* const (&out)[NX], Ahead& ahead) {
   for_column_blocks(V, [&](int64_t c, auto vectors) {
     constexpr int NV = decltype(vectors)::value;
     const float* by[NX];  // held in registers, as the sums are
@@ -79,17 +71,21 @@ KVB_SINGLE_COPY void add_products(const T* rows, int64_t n, int64_t V, const flo
     Vec acc[NX][NV] = {};
     const T* row = rows + c;
     for (int64_t r = 0; r < n; ++r, row += V) {
-      prefetch<NV>(row);
-      Vec elements[NV];
+      ahead.step();
+      Vec factor[NX], elements[NV];
+#pragma GCC unroll 4
+      for (int x = 0; x < NX; ++x) factor[x] = held(splat(by[x][r]));
       if constexpr (NV == 1)
         elements[0] = load(row);
       else
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j += 2) load_pair(row + j * kLanes, elements[j], elements[j + 1]);
-#pragma GCC unroll 4
-      for (int x = 0; x < NX; ++x)
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) acc[x][j] += by[x][r] * elements[j];
+      for (int j = 0; j < NV; ++j) {
+        const Vec element = held(elements[j]);
+#pragma GCC unroll 4
+        for (int x = 0; x < NX; ++x) acc[x][j] += factor[x] * element;
+      }
     }
 #pragma GCC unroll 4
     for (int x = 0; x < NX; ++x) {

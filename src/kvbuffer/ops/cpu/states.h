@@ -5,6 +5,7 @@
 // (`apply_row_scales`), so that the loop over the elements is the same for every type: a conversion and its sums.
 #pragma once
 #include "arguments.h"
+#include "int8_products.h"
 #include "rows.h"
 
 namespace kvb {
@@ -22,6 +23,14 @@ template <class S>
 inline State<S> state_of(const StatePool& pool, const Shape& shape, int64_t slot, int64_t value_head) {
   const int64_t head = slot * shape.HV + value_head;
   return {static_cast<S*>(pool.data) + head * shape.K * shape.V, pool.scales ? pool.scales + head * shape.K : nullptr};
+}
+
+// The state that the next task reads. A fold takes long enough to fetch all of it. Beside rows that are only read, the
+// fewer lines of it are fetched the longer memory takes for it, so that there are two a row whatever the type.
+template <class S>
+inline void expect_state(const State<S>& state, int64_t K, int64_t V, bool folding, Ahead& ahead) {
+  ahead.expect(state.data, K * V * sizeof(S), folding ? 1 : sizeof(S));
+  if constexpr (State<S>::kQuantised) ahead.expect(state.scales, K * sizeof(float));
 }
 
 // Calls f with a value of the states' element type.
@@ -44,6 +53,22 @@ inline void apply_row_scales(const State<S>& state, int64_t K, float* x) {
     for (int64_t r = 0; r < K; ++r) x[r] *= state.scales[r];
 }
 
+// out[x] += the vectors' products with a state [K, V], as add_products. The vectors have the rows' scales in them.
+template <int NX, class S>
+inline void add_state_products(const State<S>& state, int64_t K, int64_t V, const float* const (&x)[NX],
+                               float* const (&out)[NX], Ahead& ahead) {
+#if defined(KVB_INT8_PRODUCTS)
+  if constexpr (State<S>::kQuantised)
+    if (V % kIntegerColumns == 0 && K <= kIntegerRows) {
+      int32_t pairs[NX][kIntegerRows / 2];
+      float units[NX];
+      for (int i = 0; i < NX; ++i) units[i] = quantise_pairs(x[i], K, pairs[i]);
+      return add_integer_products<NX>(state.data, K, V, *pairs, units, out, ahead);
+    }
+#endif
+  add_products(state.data, K, V, x, out, ahead);
+}
+
 // The largest absolute value of a row. Floats without their sign are ordered as integers are.
 static inline float largest(const float* row, int64_t V) {
   VecI max{};
@@ -51,25 +76,14 @@ static inline float largest(const float* row, int64_t V) {
     const VecI bits = (VecI)load(row + c) & 0x7fffffff;
     max = bits > max ? bits : max;
   }
-  float lane[kLanes];
-  store(lane, (Vec)max);
-#pragma GCC unroll 4
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-  return lane[0];
+  return hmax((Vec)max);
 }
 
 // Rounds a row of V floats to nearest; its largest element becomes +-127. Returns the scale.
 static inline float quantise_row(const float* row, int64_t V, int8_t* to) {
   const float scale = largest(row, V) / 127.f;
   const float inverse = scale > 0.f ? 1.f / scale : 0.f;
-  // Added to a small float, 1.5 * 2^23 leaves it rounded to an integer in the lowest bits.
-  const Vec shift = splat(12582912.f);
-  for (int64_t c = 0; c < V; c += kLanes) {
-    const VecI rounded = (VecI)(load(row + c) * inverse + shift) - (VecI)shift;
-    const VecB b = __builtin_convertvector(__builtin_convertvector(rounded, VecS), VecB);
-    std::memcpy(to + c, &b, sizeof(b));
-  }
+  for (int64_t c = 0; c < V; c += kLanes) store(to + c, load(row + c) * inverse);
   return scale;
 }
 
@@ -100,43 +114,73 @@ inline void copy_state(const State<S>& from, int64_t K, int64_t V, const State<S
   if constexpr (State<S>::kQuantised) std::copy_n(from.scales, K, to.scales);
 }
 
+// Rows of a state that are folded together: each row of values is loaded once for all of them.
+constexpr int kFoldRows = 2;
+// Rows of an int8 state that are rounded together, so that one's scale is not waited for.
+constexpr int kRoundRows = 8;
+
+// Rows r to r + R of `fold_state`, as floats to `to` [R, V] or rounded to where they come from.
+template <int R, class S>
+inline __attribute__((always_inline)) void fold_rows(State<S> state, int64_t r, int64_t K, int64_t V, const float* decay,
+                      const float* weighted_keys, const float* values, int64_t n, float* to) {
+  const int64_t stride = padded(K);
+  S* elements = state.data + r * V;
+  for_column_blocks(V, [=](int64_t c, auto vectors) {
+    constexpr int NV = decltype(vectors)::value;
+    Vec x[R][NV];
+#pragma GCC unroll 4
+    for (int a = 0; a < R; ++a) {
+      float keep = decay[r + a];
+      if constexpr (State<S>::kQuantised) keep *= state.scales[r + a];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) x[a][j] = keep * load(elements + a * V + c + j * kLanes);
+    }
+    const float *weight = weighted_keys + r, *value = values + c;
+    for (int64_t i = 0; i < n; ++i, weight += stride, value += V) {
+      Vec factor[R];
+#pragma GCC unroll 4
+      for (int a = 0; a < R; ++a) factor[a] = held(splat(weight[a]));
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) {
+        const Vec v = held(load(value + j * kLanes));
+#pragma GCC unroll 4
+        for (int a = 0; a < R; ++a) x[a][j] += factor[a] * v;
+      }
+    }
+#pragma GCC unroll 4
+    for (int a = 0; a < R; ++a)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) {
+        if constexpr (State<S>::kQuantised)
+          store(to + a * V + c + j * kLanes, x[a][j]);
+        else
+          store(elements + a * V + c + j * kLanes, x[a][j]);
+      }
+  });
+}
+
 // S = diag(decay) S + sum over i < n of weighted_keys[i] (outer) values[i], rounded to S once.
 //
 //   decay          [K]
 //   weighted_keys  [n, padded(K)]
 //   values         [n, V]
-//   row            [V] work space
+//   rows           [kRoundRows, V] work space
 //
-// Together with add_products one compiled copy for every caller, so that a buffer of one token has the recurrence's
-// bits: a clone specialised for n = 1 could round its multiply-adds differently.
+// A step ahead with each row. Together with add_products one compiled copy for every caller, so that a buffer of one
+// token has the recurrence's bits: a clone specialised for n = 1 could round its multiply-adds differently.
 template <class S>
 KVB_SINGLE_COPY void fold_state(const State<S>& state, int64_t K, int64_t V, const float* decay,
-                                const float* weighted_keys, const float* values, int64_t n, float* row) {
-  const int64_t stride = padded(K);
-  for (int64_t r = 0; r < K; ++r) {
-    S* elements = state.data + r * V;
-    float keep = decay[r];
-    if constexpr (State<S>::kQuantised) keep *= state.scales[r];
-    for_column_blocks(V, [&](int64_t c, auto vectors) {
-      constexpr int NV = decltype(vectors)::value;
-      prefetch<NV>(elements + c);
-      Vec x[NV];
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) x[j] = keep * load(elements + c + j * kLanes);
-      for (int64_t i = 0; i < n; ++i) {
-        const float weight = weighted_keys[i * stride + r];
-#pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) x[j] += weight * load(values + i * V + c + j * kLanes);
-      }
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) {
-        if constexpr (State<S>::kQuantised)
-          store(row + c + j * kLanes, x[j]);
-        else
-          store(elements + c + j * kLanes, x[j]);
-      }
-    });
-    if constexpr (State<S>::kQuantised) state.scales[r] = quantise_row(row, V, elements);
+                                const float* weighted_keys, const float* values, int64_t n, float* rows, Ahead& ahead) {
+  for (int64_t first = 0; first < K; first += kRoundRows) {
+    const int64_t last = std::min(first + kRoundRows, K);
+    int64_t r = first;
+    for (; r + kFoldRows <= last; r += kFoldRows) {
+      for (int a = 0; a < kFoldRows; ++a) ahead.step();
+      fold_rows<kFoldRows>(state, r, K, V, decay, weighted_keys, values, n, rows + (r - first) * V);
+    }
+    for (; r < last; ++r) fold_rows<1>(state, r, K, V, decay, weighted_keys, values, n, rows + (r - first) * V);
+    if constexpr (State<S>::kQuantised)
+      for (r = first; r < last; ++r) store_row(state, r, V, rows + (r - first) * V);
   }
 }
 

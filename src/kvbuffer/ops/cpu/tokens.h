@@ -15,6 +15,15 @@ inline void with_reads(const Tokens& tokens, F&& f) {
     f(std::integral_constant<int, 1>());
 }
 
+// What a value head reads and writes of a token, to be worked on by the next task. The rows of different tokens and heads
+// lie too far apart for the processor to find them.
+static inline void expect_token(const Tokens::Head& token, const Shape& shape, const float* out, Ahead& ahead) {
+  for (const float* row : {token.q, token.k, token.removal_read, token.removal_write})
+    if (row) ahead.expect(row, shape.K * sizeof(float));
+  for (const float* row : {token.v, out}) ahead.expect(row, shape.V * sizeof(float));
+  if (token.g && shape.decay_width > 1) ahead.expect(token.g, shape.K * sizeof(float));
+}
+
 // decay[r] = exp(g[r]): [padded(K)] for every kind of decay.
 static inline void token_decay(const Tokens::Head& token, const Shape& shape, float* decay) {
   if (token.g && shape.decay_width > 1)

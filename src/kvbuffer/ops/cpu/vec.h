@@ -80,6 +80,18 @@ class FlushDenormals {
 // Subtracting zero changes no value, so it compiles to a bare broadcast; adding zero would turn -0 into +0.
 static inline Vec splat(float x) { return x - Vec{}; }
 
+// A value that stays in its register: GCC would rather load it again for each use, and loads are what runs out first.
+static inline Vec held(Vec x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__AVX__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 static inline Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof(v));
@@ -128,6 +140,19 @@ static inline void store(bf16* p, Vec v) {
 }
 #endif
 
+// Rounds to nearest, elements of absolute value below 128.
+static inline void store(int8_t* p, Vec v) {
+#if defined(__AVX512F__)
+  const __m128i b = _mm512_maskz_cvtepi32_epi8(0xffff, _mm512_maskz_cvtps_epi32(0xffff, (__m512)v));
+#else
+  // Added to a small float, 1.5 * 2^23 leaves it rounded to an integer in the lowest bits.
+  const Vec shift = splat(12582912.f);
+  const VecI rounded = (VecI)(v + shift) - (VecI)shift;
+  const VecB b = __builtin_convertvector(__builtin_convertvector(rounded, VecS), VecB);
+#endif
+  std::memcpy(p, &b, sizeof(b));
+}
+
 // 2 * kLanes elements in the order that takes the fewest instructions: one after the other, but bfloat16 those of even
 // number first, as the halves of 32-bit words. `in_order` undoes it.
 template <class T>
@@ -170,6 +195,22 @@ static inline float hsum(Vec v) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
+}
+
+// The largest lane of a vector without negative ones: such floats are ordered as their bits are.
+static inline float hmax(Vec v) {
+  typedef int32_t Quad __attribute__((vector_size(16)));
+  Quad quads[kLanes / 4];
+  std::memcpy(quads, &v, sizeof(v));
+  Quad largest = quads[0];
+#pragma GCC unroll 4
+  for (int i = 1; i < kLanes / 4; ++i) largest = quads[i] > largest ? quads[i] : largest;
+  int32_t lane = largest[0];
+#pragma GCC unroll 4
+  for (int i = 1; i < 4; ++i) lane = largest[i] > lane ? largest[i] : lane;
+  float result;
+  std::memcpy(&result, &lane, sizeof(result));
+  return result;
 }
 
 // exp(x) to about 2 ulp: 2^n * p(r) after the Cephes range reduction; saturates instead of overflowing.
