@@ -20,10 +20,9 @@ def own_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep costs in a folder of the test's own, and measure them with little patience."""
     monkeypatch.setattr(calibration, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(calibration, "_BUDGET_S", 0.0)
-    monkeypatch.setattr(calibration, "_COLD_ROUNDS", 1)
+    monkeypatch.setattr(calibration, "_LEAST_ROUNDS", 1)
     monkeypatch.setattr(calibration, "last_level_cache", lambda device="cpu": 2**16)
-    for measured in (calibration._costs, calibration._bandwidth):
-        measured.cache_clear()
+    calibration._costs.cache_clear()
     return tmp_path
 
 

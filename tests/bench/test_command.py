@@ -35,7 +35,8 @@ def test_tables_and_json_hold_the_same_run(tmp_path: Path) -> None:
     assert saved["settings"]["tiers"] == [["torch.float32"] * 2, ["torch.int8", "torch.bfloat16"]]
     forms = {row["form"] for row in saved["rows"]}
     assert forms == {
-        "recurrent", "buffered m=16", "KV only, 16 tokens", "verify 4 drafts", "verify 8 drafts", "prefill 128",
+        "recurrent", "buffered m=4", "buffered m=8", "buffered m=16", "KV only, 16 tokens",
+        "verify 4 drafts", "verify 8 drafts", "prefill 128",
     }  # fmt: skip
     assert {row["batch"] for row in saved["rows"]} == {2}
     assert all(row["gate"] == "" and row["seconds"] > 0 for row in saved["rows"])

@@ -39,7 +39,8 @@ class Row:
         seconds: median time of a call.
         bytes: that a call has to move at least: states and records.
         bandwidth: those bytes over the time.
-        of_bound: least time for those bytes at the bandwidth of this run, over the time; None where arithmetic binds.
+        of_bound: least time for those bytes at the bandwidth measured in the same round, over the time, the median over
+            rounds; None where arithmetic binds.
         vs_recurrent: time per token over that of the recurrence with float32 states.
     """
 
@@ -98,11 +99,13 @@ def measure(
     times: dict[str | int, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            if len(times[name]) < _LEAST_ROUNDS or sum(times[name]) < _CASE_S:
+            if name in probes or len(times[name]) < _LEAST_ROUNDS or sum(times[name]) < _CASE_S:
                 times[name].append(seconds_of(call, device))
-    bandwidth = bandwidth_from({name: median(times[name]) for name in probes}, working_set)
-    rows = [_timed(case, times.get(index), bandwidth) for index, case in enumerate(cases)]
-    return _compared(rows), bandwidth
+    # A virtual machine's bandwidth may change twofold from one second to the next: rounds are compared by themselves.
+    by_round = zip(*(times[name] for name in probes), strict=True)
+    bandwidths = [bandwidth_from(dict(zip(probes, seconds, strict=True)), working_set) for seconds in by_round]
+    rows = [_timed(case, times.get(index), bandwidths) for index, case in enumerate(cases)]
+    return _compared(rows), bandwidth_from({name: median(times[name]) for name in probes}, working_set)
 
 
 def _cases(
@@ -158,17 +161,22 @@ def _case(form: TimedForm, pools: Pools, device: str) -> _Case:
     return _Case(form, pools, row, layers, run_pass)
 
 
-def _timed(case: _Case, times: list[float] | None, bandwidth: Bandwidth) -> Row:
+def _timed(case: _Case, times: list[float] | None, bandwidths: Sequence[Bandwidth]) -> Row:
     if times is None:
         return case.row
-    seconds = median(times) / case.form.calls_in_pass(case.layers)
+    calls = case.form.calls_in_pass(case.layers)
+    seconds = median(times) / calls
     traffic = case.form.traffic(case.pools.shape) * case.pools.batch
     return replace(
         case.row,
         seconds=seconds,
         bytes=traffic.total,
         bandwidth=traffic.total / seconds,
-        of_bound=bandwidth.seconds(traffic) / seconds if case.form.streams else None,
+        of_bound=median(
+            bandwidth.seconds(traffic) * calls / time for bandwidth, time in zip(bandwidths, times, strict=False)
+        )
+        if case.form.streams
+        else None,
     )
 
 

@@ -20,6 +20,7 @@ from kvbuffer.ops.cost import BUFFER_LENGTHS, Bandwidth, LayerShape
 from kvbuffer.ops.dispatch import explain
 from kvbuffer.ops.rule import FAMILIES
 
+_BUFFER_LENS = (4, 8, 16)
 _BUFFER_LEN = 16
 _PROMPT_LEN = 128
 _DRAFTS = (4, 8)
@@ -127,7 +128,7 @@ def _one(results: Results, family: str, batch: int, working_set: int) -> None:
     shape = LayerShape(FAMILIES[family], *settings.heads, *settings.dim)
     forms = [
         recurrent(),
-        buffered(_BUFFER_LEN),
+        *(buffered(m) for m in _BUFFER_LENS),
         kv_only(_BUFFER_LEN),
         *(verify(drafts, _BUFFER_LEN) for drafts in _DRAFTS),
         prefill(_PROMPT_LEN),

@@ -19,7 +19,6 @@ from kvbuffer.ops.rule import GATED_DELTANET
 LONGEST_BUFFER = 32
 #: The batch for which it is worked out how long a request does best without a state.
 _TYPICAL_BATCH = 8
-_LONGEST_KV_ONLY = 32
 
 
 class FormPolicy:
@@ -119,7 +118,7 @@ def folds_due(overdue: npt.NDArray[np.int32], buffer_len: int, num_records: int)
 def _kv_only_len(shape: LayerShape, costs: Costs, lengths: Sequence[int]) -> int:
     form = choose(shape, _TYPICAL_BATCH, 0, costs, has_state=True, buffer_lengths=lengths)
     limit = step_seconds(form, shape, _TYPICAL_BATCH, 0, costs)
-    context = min(_LONGEST_KV_ONLY, shape.state_bytes // shape.record_bytes)
+    context = shape.state_bytes // shape.record_bytes
     while context and step_seconds(KV_ONLY, shape, _TYPICAL_BATCH, context, costs) > limit:
         context -= 1
     return context

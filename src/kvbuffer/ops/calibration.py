@@ -1,8 +1,9 @@
 """The numbers behind :mod:`kvbuffer.ops.cost`, measured once per machine and kept beside the compiled kernels.
 
-Bandwidth is measured on tensors past the last-level cache, the kernels' arithmetic on states that stay in it. The
-time of a call and the time per head come from two calls of different size; minima over interleaved rounds keep other
-processes' noise out.
+Every kernel is timed where it will run: on states and records past the last-level cache. How much of the arithmetic
+hides behind memory is then part of what is measured, and need not be guessed. Bandwidth and kernels take turns, and
+each number is a quartile over rounds: what disturbs fewer than three rounds in four is not seen, and a machine that is
+slow for longer slows all of them down alike. A minimum would compare one kernel's luck with another's.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from kvbuffer.ops import memory
 from kvbuffer.ops.buffered import buffered_decode, recurrent_decode
-from kvbuffer.ops.cost import KV_ONLY, Bandwidth, Costs, LayerShape, step_traffic
+from kvbuffer.ops.cost import Bandwidth, Costs, LayerShape, Traffic
 from kvbuffer.ops.cpu.build import cache_dir, library
 from kvbuffer.ops.layout import RecordPages, StatePool, Tokens
 from kvbuffer.ops.rule import Correction, Decay, UpdateRule
@@ -29,10 +32,12 @@ from kvbuffer.ops.rule import Correction, Decay, UpdateRule
 K = TypeVar("K")
 
 _DIM = 128
-# Records in the buffer at the two points between which the cost of a record is measured.
+_PAGE_SIZE = 16
+# Records at the two points between which the cost of a record is measured, with a state and without one.
 _FEW, _MANY = 1, 17
-_HEADS = 8
-_ROUNDS, _COLD_ROUNDS, _BUDGET_S = 30, 8, 1.0
+_KV_ONLY_FEW, _KV_ONLY_MANY = 16, 64
+_KEY_HEADS, _VALUE_HEADS = 8, 16
+_ROUNDS, _LEAST_ROUNDS, _BUDGET_S = 60, 5, 2.0
 _UNKNOWN_CACHE = 64 * 2**20
 
 
@@ -50,7 +55,6 @@ def recalibrate(device: torch.device | str = "cpu") -> None:
     """Forget what was measured of a device with this number of threads."""
     _path(str(device), torch.get_num_threads()).unlink(missing_ok=True)
     _costs.cache_clear()
-    _bandwidth.cache_clear()
 
 
 def device_name(device: torch.device | str = "cpu") -> str:
@@ -77,7 +81,7 @@ def bandwidth_probes(device: torch.device | str, num_bytes: int) -> dict[str, Ca
 
     Two of them read, as neither way of reading is the fastest everywhere; one reads and writes back.
     """
-    x = torch.ones(num_bytes // 4, device=device)
+    x = memory.empty(num_bytes // 4, device=device).fill_(1.0)  # as pools are: in huge pages
     left, right = x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]
     return {"read (sum)": x.sum, "read (dot)": lambda: torch.dot(left, right), "update": lambda: x.mul_(1.0)}
 
@@ -120,16 +124,16 @@ def random_tokens(
     return Tokens(q * k**-0.5, keys, randn(num_tokens, value_heads, v), g, beta, read, write)
 
 
-def best_times(calls: Mapping[K, Callable[[], object]], device: torch.device | str = "cpu") -> dict[K, float]:
-    """Return each call's shortest time in seconds, over interleaved rounds."""
-    times = dict.fromkeys(calls, float("inf"))
+def typical_times(calls: Mapping[K, Callable[[], object]], device: torch.device | str = "cpu") -> dict[K, float]:
+    """Return the time in seconds that each call keeps below in a quarter of its interleaved rounds."""
+    times: dict[K, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     for round_ in range(_ROUNDS):
         for name, call in calls.items():
-            times[name] = min(times[name], seconds_of(call, device))
-        if round_ >= 2 and time.perf_counter() - start > _BUDGET_S:
+            times[name].append(seconds_of(call, device))
+        if round_ + 1 >= _LEAST_ROUNDS and time.perf_counter() - start > _BUDGET_S:
             break
-    return times
+    return {name: sorted(values)[len(values) // 4] for name, values in times.items()}
 
 
 def seconds_of(call: Callable[[], object], device: torch.device | str = "cpu") -> float:
@@ -146,23 +150,10 @@ def seconds_of(call: Callable[[], object], device: torch.device | str = "cpu") -
 
 @cache
 def _costs(rule: UpdateRule, state_dtype: torch.dtype, record_dtype: torch.dtype, device: str, threads: int) -> Costs:
-    bandwidth = _bandwidth(device, threads)
     name = "-".join([rule.name, str(state_dtype), str(record_dtype)]).replace("torch.", "")
-
-    def measure() -> dict[str, float]:
-        kernels = _measure_kernels(rule, state_dtype, record_dtype, device)
-        return kernels | {"miss": _measure_miss(rule, state_dtype, record_dtype, device, bandwidth)}
-
-    return Costs(bandwidth, **_remembered(device, threads, name, measure))
-
-
-@cache
-def _bandwidth(device: str, threads: int) -> Bandwidth:
-    def measure() -> dict[str, float]:
-        num_bytes = 2 * last_level_cache(device)
-        return bandwidth_from(best_times(bandwidth_probes(device, num_bytes), device), num_bytes)._asdict()
-
-    return Bandwidth(**_remembered(device, threads, "bandwidth", measure))
+    shape = LayerShape(rule, _KEY_HEADS, _VALUE_HEADS, _DIM, _DIM, state_dtype, record_dtype)
+    measured = _remembered(device, threads, name, lambda: _measure(shape, device))
+    return Costs(Bandwidth(measured.pop("read_bandwidth"), measured.pop("write_bandwidth")), **measured)
 
 
 def _remembered(device: str, threads: int, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -197,81 +188,96 @@ def _write(path: Path, text: str) -> None:
         pass  # a cache that cannot be written costs the next process two seconds
 
 
-def _measure_kernels(
-    rule: UpdateRule, state_dtype: torch.dtype, record_dtype: torch.dtype, device: str
+def _measure(shape: LayerShape, device: str) -> dict[str, float]:
+    """Return the fields of Costs, and the two of its bandwidth."""
+    working_set = 2 * last_level_cache(device)
+    probes = bandwidth_probes(device, working_set)
+    large = _kernel_calls(shape, max(1, -(-working_set // shape.state_bytes)), device)
+    # Of this, only the call takes time.
+    small = _kernel_calls(
+        replace(shape, key_heads=1, value_heads=1, key_dim=_PAGE_SIZE, value_dim=_PAGE_SIZE), 1, device
+    )
+    calls = {("probe", name): call for name, call in probes.items()}
+    for name in large.calls:  # a small call behind each large one: all find the processor's caches alike
+        calls["large", name], calls["small", name] = large.calls[name], small.calls[name]
+    times = typical_times(calls, device)
+    bandwidth = bandwidth_from({name: times["probe", name] for name in probes}, working_set)
+    call_s = {name: times["small", name] for name in small.calls}
+    request_s = {name: (times["large", name] - call_s[name]) / large.batch for name in large.calls}
+    bandwidths = {"read_bandwidth": bandwidth.read, "write_bandwidth": bandwidth.write}
+    return bandwidths | _costs_from(shape, bandwidth, call_s, request_s)
+
+
+def _costs_from(
+    shape: LayerShape, bandwidth: Bandwidth, call_s: Mapping[str, float], request_s: Mapping[str, float]
 ) -> dict[str, float]:
-    """Measure what Costs says of data in the cache."""
-    # Batch and heads: enough to occupy the device, few enough that their states stay in its cache.
-    threads = torch.get_num_threads()
-    sizes = [(1, 1), (16, 32)] if torch.device(device).type == "cuda" else [(threads, 1), (threads, _HEADS)]
-    small, large = (
-        _kernel_calls(LayerShape(rule, heads, heads, _DIM, _DIM, state_dtype, record_dtype), batch, device)
-        for batch, heads in sizes
-    )
-    times = best_times(
-        {**{(name, 0): call for name, call in small.items()}, **{(name, 1): call for name, call in large.items()}},
-        device,
-    )
-    few, many = (batch * heads for batch, heads in sizes)
-    head_s = {name: max((times[name, 1] - times[name, 0]) / (many - few), 0.0) for name in small}
-    call_s = {name: max(times[name, 0] - few * head_s[name], 0.0) for name in small}
-    one = LayerShape(rule, 1, 1, _DIM, _DIM)
-    reading = (head_s["read many"] - head_s["read few"]) / (_MANY - _FEW)
-    folding = (head_s["fold many"] - head_s["fold few"]) / (_MANY - _FEW)
+    """Return what Costs says of a call, and of a request on top of moving its bytes."""
+    state, record = shape.state_bytes, shape.record_bytes
+
+    def beyond(name: str, read: float, written: float) -> float:
+        return request_s[name] - bandwidth.seconds(Traffic(read, written))
+
+    def line(name: str, few: int, many: int, state_read: float, state_written: float) -> tuple[float, float]:
+        """Return cost without records and cost per record."""
+        low, high = (
+            beyond(f"{name} {points}", state_read + count * record, state_written + record)
+            for points, count in (("few", few), ("many", many))
+        )
+        slope = (high - low) / (many - few)
+        return low - few * slope, slope
+
+    read, per_record = line("read", _FEW, _MANY, state, 0)
+    fold, per_folded = line("fold", _FEW, _MANY, state, state)
+    kv_only, per_kv_only = line("KV only", _KV_ONLY_FEW, _KV_ONLY_MANY, 0, 0)
     return {
         "recurrent_call": call_s["recurrent"],
         "buffered_call": call_s["read few"],
-        "recurrent": head_s["recurrent"] / one.state_elements,
-        "read": max(head_s["read few"] - _FEW * reading, 0.0) / one.state_elements,
-        "fold": max(head_s["fold few"] - _FEW * folding, 0.0) / one.state_elements,
-        "fold_record": max(folding, 0.0) / (one.state_elements * rule.num_pairs),
-        "record": max(reading, 0.0) / one.record_elements,
+        "recurrent": beyond("recurrent", state, state) / shape.state_elements,
+        "read": read / shape.state_elements,
+        "fold": fold / shape.state_elements,
+        "fold_record": per_folded / (shape.state_elements * shape.rule.num_pairs),
+        "record": per_record / shape.record_elements,
+        "kv_only": kv_only / shape.value_heads,
+        "kv_only_record": per_kv_only / shape.record_elements,
     }
 
 
-def _measure_miss(
-    rule: UpdateRule, state_dtype: torch.dtype, record_dtype: torch.dtype, device: str, bandwidth: Bandwidth
-) -> float:
-    """Measure the wait for records per request and value head: KV only, with a cold cache and with a warm one."""
-    shape = LayerShape(rule, _HEADS, _HEADS, _DIM, _DIM, state_dtype, record_dtype)
-    few, many = 1, 16
-    calls = {batch: _kernel_calls(shape, batch, device)["KV only few"] for batch in (few, many)}
-    sweep = torch.ones(2 * last_level_cache(device) // 4, device=device)
-    cold = dict.fromkeys(calls, float("inf"))
-    for _ in range(_COLD_ROUNDS):
-        for batch, call in calls.items():
-            sweep.sum()
-            cold[batch] = min(cold[batch], seconds_of(call, device))
-    warm = best_times(calls, device)
-    request = ((cold[many] - cold[few]) - (warm[many] - warm[few])) / (many - few)
-    moving = bandwidth.seconds(step_traffic(KV_ONLY, shape, _FEW))
-    return max(request - moving, 0.0) / _HEADS
+class _Calls(NamedTuple):
+    """Calls of the kernels on ``batch`` requests of one layer."""
+
+    batch: int
+    calls: dict[str, Callable[[], object]]
 
 
-def _kernel_calls(shape: LayerShape, batch: int, device: str) -> dict[str, Callable[[], object]]:
-    heads, rule = shape.value_heads, shape.rule
-    states = StatePool.allocate(batch, heads, _DIM, _DIM, shape.state_dtype, device)
-    page = _MANY + 1
-    records = RecordPages.allocate(rule, batch, page, heads, heads, _DIM, _DIM, shape.record_dtype, device)
+def _kernel_calls(shape: LayerShape, batch: int, device: str) -> _Calls:
+    rule, dims = shape.rule, (shape.key_heads, shape.value_heads, shape.key_dim, shape.value_dim)
+    pages = -(-(_KV_ONLY_MANY + 1) // _PAGE_SIZE)
+    states = StatePool.allocate(batch, *dims[1:], shape.state_dtype, device)
+    records = RecordPages.allocate(rule, batch * pages, _PAGE_SIZE, *dims, shape.record_dtype, device)
     for pool in (*states, *records):
         if pool is not None:
             pool.zero_()
-    tokens = random_tokens(rule, batch, heads, heads, _DIM, _DIM, device)
+    tokens = random_tokens(rule, batch, *dims, device)
     slots = torch.arange(batch, dtype=torch.int32, device=device)
-    page_table = slots.unsqueeze(1)
+    page_table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
 
-    def decode(fill: int, fold: bool, own: Tensor = slots) -> Callable[[], object]:
+    def decode(fill: int, fold: bool = False, own: Tensor = slots) -> Callable[[], object]:
         fills = torch.full_like(slots, fill)
         folds = torch.full_like(slots, fold, dtype=torch.uint8)
         return lambda: buffered_decode(rule, tokens, states, own, records, page_table, fills, folds)
 
-    for fill in range(_MANY):  # real records, no zeros that a kernel might be quicker with
-        decode(fill, False)()
-    return {
-        "recurrent": lambda: recurrent_decode(rule, tokens, states, slots),
-        "read few": decode(_FEW, False),
-        "read many": decode(_MANY, False),
-        "fold few": decode(_FEW, True),
-        "fold many": decode(_MANY, True),
-        "KV only few": decode(_FEW, False, torch.full_like(slots, -1)),
-    }
+    no_slots = torch.full_like(slots, -1)
+    for fill in range(_KV_ONLY_MANY):  # real records, no zeros that a kernel might be quicker with
+        decode(fill, own=no_slots)()
+    return _Calls(
+        batch,
+        {
+            "recurrent": lambda: recurrent_decode(rule, tokens, states, slots),
+            "read few": decode(_FEW),
+            "read many": decode(_MANY),
+            "fold few": decode(_FEW, True),
+            "fold many": decode(_MANY, True),
+            "KV only few": decode(_KV_ONLY_FEW, own=no_slots),
+            "KV only many": decode(_KV_ONLY_MANY, own=no_slots),
+        },
+    )

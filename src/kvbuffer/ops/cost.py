@@ -1,8 +1,8 @@
 """Which form a batch should decode in: recurrent, buffered with length m, or KV only.
 
-A step takes the time of moving its bytes and that of its arithmetic, one after the other (measured on a CPU, little of
-the one hides behind the other), at rates that :mod:`kvbuffer.ops.calibration` measures once per machine. For one
-request, with S the bytes of its state and e those of a record::
+A step takes the time of moving its bytes and what its arithmetic adds to that, at rates that
+:mod:`kvbuffer.ops.calibration` measures once per machine. For one request, with S the bytes of its state and e those of
+a record::
 
     recurrent      read S, write S
     buffered       read S and on average (m + 1) / 2 records, append a record; write S once in m steps
@@ -135,30 +135,32 @@ class Bandwidth(NamedTuple):
 class Costs:
     """What the kernels of one family and one pair of dtypes cost on one machine.
 
-    All but ``miss`` is measured with data in the cache: it comes on top of moving the bytes.
+    Measured with data past the cache: what follows the calls comes on top of moving the bytes, and is negative where a
+    kernel moves them faster than the bandwidth's measurement did.
 
     Attributes:
         bandwidth: of the memory behind the cache.
         recurrent_call: seconds that a call of the recurrence takes however little it does.
         buffered_call: the same for the buffered form.
-        miss: seconds per request and value head that the buffered form waits for records which are not in the cache,
-            however few they are.
         recurrent: seconds per element of the state for one recurrent step.
         read: seconds per element of the state for reading it with one token.
         fold: seconds per element of the state for rewriting it and reading it with one token.
         fold_record: seconds per element of the state, record and pair for folding the records in.
-        record: seconds per element of a record for attending to it.
+        record: seconds per element of a record for attending to it beside a state.
+        kv_only: seconds per request and value head without a state, however few the records.
+        kv_only_record: seconds per element of a record for attending to it without a state.
     """
 
     bandwidth: Bandwidth
     recurrent_call: float = 0.0
     buffered_call: float = 0.0
-    miss: float = 0.0
     recurrent: float = 0.0
     read: float = 0.0
     fold: float = 0.0
     fold_record: float = 0.0
     record: float = 0.0
+    kv_only: float = 0.0
+    kv_only_record: float = 0.0
 
 
 def step_traffic(form: Form, shape: LayerShape, context: int = 0) -> Traffic:
@@ -188,9 +190,7 @@ def step_seconds(form: Form, shape: LayerShape, batch: int, context: int, costs:
         costs: of the shape's family and dtypes on this machine.
     """
     request = costs.bandwidth.seconds(step_traffic(form, shape, context)) + _arithmetic(form, shape, context, costs)
-    if form.kind is FormKind.RECURRENT:
-        return costs.recurrent_call + batch * request
-    return costs.buffered_call + batch * (request + shape.value_heads * costs.miss)
+    return (costs.recurrent_call if form.kind is FormKind.RECURRENT else costs.buffered_call) + batch * request
 
 
 def _arithmetic(form: Form, shape: LayerShape, context: int, costs: Costs) -> float:
@@ -198,7 +198,7 @@ def _arithmetic(form: Form, shape: LayerShape, context: int, costs: Costs) -> fl
     if form.kind is FormKind.RECURRENT:
         return elements * costs.recurrent
     if form.kind is FormKind.KV_ONLY:
-        return context * record
+        return shape.value_heads * costs.kv_only + context * shape.record_elements * costs.kv_only_record
     # One step of m folds m records; the others read the state and 1 to m - 1 records.
     folding = elements * (costs.fold + m * shape.rule.num_pairs * costs.fold_record)
     return (folding + (m - 1) * elements * costs.read) / m + (m - 1) / 2 * record
