@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbuffer.cli_options import CqilFile, Dtype, DtypeOption, MaxNumSeqs, Memory, Model, Threads
+from kvbuffer.cli_options import CqilFile, Dtype, DtypeOption, MaxNumSeqs, Memory, Model, Threads, parse_size
 from kvbuffer.engine import defaults
+from kvbuffer.errors import ConfigError
+from kvbuffer.instcache.defaults import MAX_ANSWER_TOKENS, MAX_TOKENS, MEMORY
+
+# What an LMDB file has behind the head of its first page.
+_LMDB_MAGIC = b"\xde\xc0\xef\xbe"
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +22,87 @@ instcache = typer.Typer(
     help="Predict instructions, answer them in advance, and serve the answers from a table.", no_args_is_help=True
 )
 
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest instruction, in tokens.")]
+TreeMemory = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for the search, as in 2GiB.")]
 StorePath = Annotated[Path, typer.Option("--store", dir_okay=False, help="The file with the answers.")]
+
+
+@instcache.command()
+def plan(
+    predictor: Annotated[str, typer.Argument(help="Model of what users ask: a folder, hub id, or 'demo'.")],
+    held_out: Annotated[
+        Path,
+        typer.Option(
+            exists=True, dir_okay=False, help="Log that the predictor has not seen: JSON lines, JSON, Parquet."
+        ),
+    ],
+    sigma: Annotated[float, typer.Option(min=0.5, help="Largest bound to look at, in nats.")] = 14.0,
+    walks: Annotated[int, typer.Option(min=16, help="More of them make the intervals narrower.")] = 2048,
+    max_instructions: Annotated[int, typer.Option(min=1, help="Most instructions of the log to score.")] = 5000,
+    bytes_per_entry: Annotated[float, typer.Option(min=1, help="Of the store; kvbuffer instcache info tells.")] = 400,
+    seconds_per_answer: Annotated[float, typer.Option(min=0, help="What filling an entry takes.")] = 0.0,
+    max_bytes: Annotated[
+        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="Choose sigma for a store of this size.")
+    ] = None,
+    max_hours: Annotated[float | None, typer.Option(min=0, help="Choose sigma for this time to build.")] = None,
+    max_tokens: MaxTokens = MAX_TOKENS,
+    memory: TreeMemory = MEMORY,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the plan to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw it, as SVG.")] = None,
+) -> None:
+    """Predict hit rate, entries, bytes and time for every sigma, before anything is built."""
+    import itertools
+    import math
+
+    from kvbuffer.instcache.logs import read_log
+    from kvbuffer.instcache.plan import Walks, choose
+    from kvbuffer.instcache.plan import plan as make_plan
+    from kvbuffer.instcache.predictor import Predictor
+    from kvbuffer.instcache.report import show, write_json, write_svg
+
+    asked = [logged.instruction for logged in itertools.islice(read_log(held_out), max_instructions)]
+    if not asked:
+        raise ConfigError(f"{held_out} holds no instructions")
+    model = Predictor(predictor, max_tokens=max_tokens, num_bytes=memory)
+    sigmas = [0.5 * i for i in range(1, int(2 * sigma) + 1)]
+    costs = model.costs(asked)
+    rows = make_plan(Walks(model, sigma, walks), costs, sigmas, bytes_per_entry, seconds_per_answer)
+    show(rows)
+    if out is not None:
+        write_json(rows, out)
+    if plot is not None:
+        write_svg(rows, plot)
+    if max_bytes is not None or max_hours is not None:
+        seconds = math.inf if max_hours is None else 3600 * max_hours
+        chosen = choose(rows, math.inf if max_bytes is None else max_bytes, seconds)
+        if chosen is None:
+            raise ConfigError("no sigma of the table fits: allow more bytes or more time")
+        print(f"within the budget: --sigma {chosen.sigma:g}, {chosen.hit_rate.value:.1%} hits")
+
+
+@instcache.command()
+def build(
+    predictor: Annotated[str, typer.Argument(help="Model of what users ask: a folder, hub id, or 'demo'.")],
+    sigma: Annotated[float, typer.Option(help="Find what costs at most so many nats, -log p; see plan.")],
+    instructions: Annotated[Path, typer.Option(dir_okay=False, help="The file to write.")],
+    max_tokens: MaxTokens = MAX_TOKENS,
+    memory: TreeMemory = MEMORY,
+    threads: Threads = None,
+) -> None:
+    """Find every instruction that PREDICTOR gives a probability of exp(-SIGMA) or more; go on where it was stopped."""
+    import torch
+
+    from kvbuffer.instcache.plan import Walks
+    from kvbuffer.instcache.predictor import Predictor
+    from kvbuffer.instcache.progress import progress_bar
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = Predictor(predictor, max_tokens=max_tokens, num_bytes=memory)
+    expected = int(Walks(model, sigma, num_walks=256).entries(sigma).value)
+    with progress_bar("Searching") as report:
+        count = model.build(instructions, sigma, report, expected)
+    print(f"{instructions}: {count:,} instructions")
 
 
 @instcache.command()
@@ -33,7 +118,7 @@ def fill(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Jinja file in place of the model's template, as for serve."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = MAX_ANSWER_TOKENS,
     dtype: DtypeOption = Dtype.AUTO,
     max_num_seqs: MaxNumSeqs = defaults.MAX_NUM_SEQS,
     memory: Memory = None,
@@ -72,8 +157,12 @@ def fill(
 
 
 def _read_instructions(path: Path) -> Iterator[str]:
+    from kvbuffer.instcache.instructions import InstructionFile
     from kvbuffer.instcache.logs import read_log
 
+    with path.open("rb") as file:
+        if file.read(20)[16:] == _LMDB_MAGIC:
+            return (text for text, _ in InstructionFile(path))
     return (logged.instruction for logged in read_log(path))
 
 

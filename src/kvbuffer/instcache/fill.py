@@ -13,13 +13,12 @@ from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import FinishReason
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.errors import StoreError
+from kvbuffer.instcache.defaults import MAX_ANSWER_TOKENS
 from kvbuffer.instcache.entry import Answer, Codec, decode, encode, train_dictionary
 from kvbuffer.instcache.identity import Identity, Keys, conversation, normalise, template_options
 from kvbuffer.instcache.progress import Report, no_report
 from kvbuffer.instcache.store import Store, write_batch, write_store
 
-#: Most tokens of an answer, unless said otherwise.
-MAX_TOKENS = 256
 #: Answers that are written in one transaction: what a crash loses at most.
 _BATCH = 256
 # Entries that a dictionary is trained on; more change it little.
@@ -44,7 +43,7 @@ class Filler:
     model: str
     system_prompt: str | None = None
     chat_template: str | None = None
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int = MAX_ANSWER_TOKENS
 
     def fill(self, path: Path, instructions: Iterable[str], report: Report = no_report) -> int:
         """Write a store with the answers to ``instructions``.

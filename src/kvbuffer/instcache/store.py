@@ -197,12 +197,23 @@ def _open(path: Path) -> lmdb.Environment:
         env = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
         raise StoreError(f"{path} is not an InstCache store, or is torn: {error}") from None
-    # Past the end of a file that was cut short, a mapped page is not an error but the end of the process.
+    try:
+        check_whole(env, path)
+    except StoreError:
+        env.close()
+        raise
+    return env
+
+
+def check_whole(env: lmdb.Environment, path: Path) -> None:
+    """Check that a file is as long as it says: past its end, a mapped page is not an error but the end of the process.
+
+    Raises:
+        StoreError: it was cut short.
+    """
     needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
     if (size := path.stat().st_size) < needed:
-        env.close()
-        raise StoreError(f"{path} is torn: {size} of {needed} bytes are there; copy it again, or fill it again")
-    return env
+        raise StoreError(f"{path} is torn: {size} of {needed} bytes are there; copy it again, or make it again")
 
 
 def _parse_header(path: Path, data: Any) -> Header:

@@ -239,7 +239,10 @@ class SparseMoe:
         """Map [N, hidden] to [N, hidden]."""
         normed = add_rms_norm(x, residual, self.input_norm, self.eps)
         expert_ids, expert_weights = route(self.router(normed), self.moe.top_k, self.moe.normalize)
-        shared = torch.sigmoid(self.shared_gate(normed)) * self.shared(normed)
+        # 32 times: PyTorch computes the elements behind the last whole pair of vectors by other code, with other bits,
+        # and a row's must not depend on the rows before it.
+        gate = torch.sigmoid(self.shared_gate(normed).repeat(1, 32))[:, :1]
+        shared = gate * self.shared(normed)
         return moe_mlp(normed, expert_ids, expert_weights, self.experts).add_(shared)
 
 
