@@ -178,3 +178,56 @@ def info(store: Annotated[Path, typer.Argument(help="A file with answers.")]) ->
         f"{count:,} answers of {header.model}, {opened.num_bytes:,} bytes, {opened.num_bytes / max(1, count):.0f} each"
     )
     print(f"system prompt: {header.identity.system_prompt or 'none'}")
+
+
+@instcache.command()
+def proxy(
+    model: Annotated[str, typer.Argument(help="Whose tokenizer and chat template the answers have.")],
+    store: StorePath,
+    upstream: Annotated[str, typer.Option(help="Server to pass everything else to, as in http://127.0.0.1:8001.")],
+    served_model_name: Annotated[str | None, typer.Option(help="The model's name there; default: MODEL.")] = None,
+    max_model_len: Annotated[int, typer.Option(min=2, help="Longest prompt with its answer there.")] = 32768,
+    sampled: Annotated[bool, typer.Option(help="Answer requests with a temperature from the store, too.")] = False,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="KVBUFFER_API_KEY", help="Key that clients must send; it is passed on.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 8000,
+) -> None:
+    """Answer what the store holds in front of any server with OpenAI's API, and pass everything else to that."""
+    from functools import partial
+
+    import uvicorn
+
+    from kvbuffer.instcache.identity import Identity
+    from kvbuffer.models.weights import resolve_model
+    from kvbuffer.server.instcache import InstCache
+    from kvbuffer.server.proxy import create_proxy
+    from kvbuffer.tokenizer import Tokenizer
+
+    folder = resolve_model(model)
+    tokenizer = Tokenizer(folder)
+    answers = InstCache(store, partial(Identity.of, folder, tokenizer), tokenizer, max_model_len, sampled)
+    app = create_proxy(upstream, answers, tokenizer, served_model_name or model, api_key)
+    print(f"{answers.num_entries:,} answers in front of {upstream}, on http://{host}:{port}. Ctrl-C stops.")
+    uvicorn.run(app, host=host, port=port, http="httptools", log_level="warning", proxy_headers=False)
+
+
+@instcache.command()
+def fit(
+    log: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="Log of conversations: JSON lines, JSON, Parquet.")
+    ],
+    out: Annotated[Path, typer.Argument(file_okay=False, help="Folder for train.jsonl and held-out.jsonl.")],
+    held_out: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of the log, its end, for plan.")] = 0.05,
+    min_users: Annotated[
+        int, typer.Option(min=1, help="Keep only instructions that so many different users asked.")
+    ] = 1,
+    unique: Annotated[bool, typer.Option(help="Keep each instruction once, whatever its frequency.")] = False,
+) -> None:
+    """Make the training data of a predictor from a log: what users ask first, and nothing else of it."""
+    from kvbuffer.instcache.fit import prepare
+
+    counts = prepare(log, out, held_out, min_users, unique)
+    print(f"{out}: {counts.train:,} instructions to train on, {counts.held_out:,} held out, of {counts.asked:,} asked")
+    print(f"kvbuffer train run --help says how to train on {out / 'train.jsonl'}")
