@@ -1,12 +1,17 @@
-"""Tiny models of every architecture that can be trained."""
+"""Tiny models of every architecture that can be trained, and tiny data and runs."""
 
 from __future__ import annotations
 
+import json
+import random
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from kvbuffer.train.config import TrainConfig
+from kvbuffer.train.data import prepare
 from tests.support.checkpoints import COMMON, MOE
 
 #: Name -> (transformers' class, what differs from COMMON). Each has two blocks, and halves in width and depth.
@@ -45,3 +50,31 @@ def scattered(model: transformers.PreTrainedModel) -> transformers.PreTrainedMod
             scale = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
             parameter.add_(torch.randn_like(parameter) * scale)
     return model
+
+
+def write_texts(folder: Path, documents: int = 40) -> Path:
+    """Write a folder of small texts in which a model can find something to learn."""
+    folder.mkdir(parents=True)
+    rng = random.Random(documents)
+    for number in range(documents):
+        words = [f"{rng.choice('abcd')}{rng.choice(('state', 'buffer', 'key'))}" for _ in range(60)]
+        (folder / f"{number:03}.txt").write_text(" ".join(words), encoding="utf-8")
+    return folder
+
+
+def prepare_tiny(folder: Path) -> Path:
+    """Prepare tiny data for training, and return its folder."""
+    prepare(write_texts(folder / "texts"), folder / "data", vocab_size=300, held_out=0.2)
+    return folder / "data"
+
+
+def tiny_options(data: Path, out: Path, model: str = "llama", **changes: Any) -> TrainConfig:
+    """Options of a run that takes a second or so."""
+    config = {**config_of(model), "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+    path = data / f"{model}.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    options: dict[str, Any] = {
+        "steps": 12, "batch_size": 4, "seq_len": 32, "warmup": 2, "rewarm": 1, "lr": 1e-2,
+        "save_every": 3, "eval_every": 4, "eval_sequences": 4, **changes,
+    }  # fmt: skip
+    return TrainConfig(data=data, out=out, model=path, **options)

@@ -43,6 +43,12 @@ def coalesced_config(config: Mapping[str, Any], width: int = 2, depth: int = 2) 
     return small
 
 
+def num_blocks(config: Mapping[str, Any]) -> int:
+    """Return the number of blocks of layers: how often the pattern of layers is repeated."""
+    kinds = Shape.from_config(config).kinds
+    return len(kinds) // _period(kinds)
+
+
 def _divided(name: str, value: int, factor: int) -> int:
     if value % factor:
         raise ConfigError(f"{name} ({value}) cannot be divided by {factor}; choose another factor or another size")

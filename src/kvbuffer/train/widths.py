@@ -33,6 +33,19 @@ WIDTH_FIELDS = (
 )
 
 
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Return the architecture that ``config.json`` names.
+
+    Raises:
+        ModelError: it is none of :data:`ARCHITECTURES`.
+    """
+    names = config.get("architectures") or []
+    for architecture in ARCHITECTURES:
+        if architecture in names:
+            return architecture
+    raise ModelError(f"architecture {names or 'missing'} cannot be trained; known: {', '.join(ARCHITECTURES)}")
+
+
 class Axis(NamedTuple):
     """One axis of a parameter: what merging does along it, and the widths it is made of, in order."""
 
@@ -144,10 +157,7 @@ class Shape:
         Raises:
             ModelError: its architecture is none of :data:`ARCHITECTURES`, or a field is missing.
         """
-        names = config.get("architectures") or []
-        architecture = next((name for name in names if name in ARCHITECTURES), None)
-        if architecture is None:
-            raise ModelError(f"architecture {names or 'missing'} cannot be trained; known: {', '.join(ARCHITECTURES)}")
+        architecture = architecture_of(config)
         try:
             return cls._of(architecture, config)
         except KeyError as error:

@@ -1,0 +1,155 @@
+"""The training loop: what it learns, what it leaves behind, and that nothing can interrupt it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvbuffer import LLM, SamplingParams
+from kvbuffer.errors import ConfigError, KVBufferError, ModelError
+from kvbuffer.train.checkpoints import read_checkpoint
+from kvbuffer.train.records import read_log
+from kvbuffer.train.run import run
+from tests.support.training import tiny_options
+
+ROOT = Path(__file__).parents[2]
+
+# One child after another is forked, trains, and is killed after a random time, until one gets to the end.
+KILLED = """
+import os, pathlib, random, signal, sys, time
+import torch
+from kvbuffer.train.run import run
+from tests.support.training import tiny_options
+
+torch.set_num_threads(1)
+data, out = map(pathlib.Path, sys.argv[1:])
+options = tiny_options(data, out, method="v-cycle", save_every=2)
+rng, kills = random.Random(3), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        run(options, show_progress=False)
+        os._exit(0)
+    deadline = time.monotonic() + (rng.uniform(0.02, 0.8) if kills < 15 else 300)
+    ended, status = 0, 0
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.005)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        assert status == 0, status
+        break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+print(kills)
+"""
+
+# Two forked processes with the environment that torchrun gives them.
+WORKERS = """
+import os, pathlib, socket, sys
+import torch
+from kvbuffer.train.run import run
+from tests.support.training import tiny_options
+
+torch.set_num_threads(1)
+data, out = map(pathlib.Path, sys.argv[1:])
+options = tiny_options(data, out, method="v-cycle", steps=8)
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
+child = os.fork()
+os.environ["RANK"] = "1" if child == 0 else "0"
+run(options, show_progress=False)
+if child:
+    sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    """A run's log without its times."""
+    times = ("seconds", "cpu_seconds")
+    return [{name: value for name, value in record.items() if name not in times} for record in read_log(out)]
+
+
+def same_model(first: Path, second: Path) -> bool:
+    ours, theirs = read_checkpoint(first / "model"), read_checkpoint(second / "model")
+    return ours.config == theirs.config and all(
+        torch.equal(tensor, theirs.parameters[name]) for name, tensor in ours.parameters.items()
+    )
+
+
+def program(source: str, *arguments: Path) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", source, *map(str, arguments)],
+        cwd=ROOT, env={"PYTHONPATH": ":".join(["src", *sys.path])}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_it_learns(data: Path, tmp_path: Path, optimizer: str) -> None:
+    run(tiny_options(data, tmp_path / "run", method="scratch", optimizer=optimizer, steps=60), show_progress=False)
+    held_out = [record["held_out"] for record in curve(tmp_path / "run") if "held_out" in record]
+    assert held_out[-1] < 0.7 * held_out[0]
+
+
+def test_killed_at_random_moments_it_ends_the_same(data: Path, tmp_path: Path) -> None:
+    run(tiny_options(data, tmp_path / "whole", method="v-cycle", save_every=2), show_progress=False)
+    kills = int(program(KILLED, data, tmp_path / "killed"))
+    assert kills > 5
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    assert same_model(tmp_path / "killed", tmp_path / "whole")
+    assert not list((tmp_path / "killed").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("model", ["qwen3_next", "qwen3_5_tied"])
+def test_a_hybrid_by_the_v_cycle_is_served_at_once(data: Path, tmp_path: Path, model: str) -> None:
+    options = tiny_options(data, tmp_path / "run", model, method="v-cycle", optimizer_state="keep", steps=6)
+    run(options, show_progress=False)
+    records = curve(tmp_path / "run")
+    assert [record["total"] for record in records] == list(range(1, len(records) + 1))
+    assert [record["stage"] for record in records] == sorted(record["stage"] for record in records)
+    llm = LLM(str(tmp_path / "run" / "model"), memory=32 << 20, show_progress=False)
+    output = llm.generate(["astate"], SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
+    assert output[0].outputs[0].text
+    assert llm.chat([{"role": "user", "content": "a"}], SamplingParams(max_tokens=2), use_tqdm=False)
+
+
+def test_bfloat16_follows_float32(data: Path, tmp_path: Path) -> None:
+    finals = []
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / precision
+        run(tiny_options(data, out, "qwen3_5", method="scratch", precision=precision, steps=4), show_progress=False)
+        finals.append(curve(out)[-1]["held_out"])
+    assert finals[0] != finals[1]
+    assert finals[1] == pytest.approx(finals[0], rel=0.02)
+
+
+def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
+    run(tiny_options(data, tmp_path / "one", method="v-cycle", steps=8), show_progress=False)
+    program(WORKERS, data, tmp_path / "two")
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert len(one) == len(two)
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-3)
+
+
+def test_what_stands_in_the_way_is_named(data: Path, tmp_path: Path) -> None:
+    run(tiny_options(data, tmp_path / "run", method="scratch", steps=1), show_progress=False)
+    with pytest.raises(ConfigError, match=r"lr was 0\.01, is 0\.02"):
+        run(tiny_options(data, tmp_path / "run", method="scratch", steps=1, lr=0.02), show_progress=False)
+    with pytest.raises(ConfigError, match="is not empty"):
+        run(tiny_options(data, tmp_path, method="scratch"), show_progress=False)
+    broken = tiny_options(data, tmp_path / "broken", method="scratch")
+    broken.model.write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(ModelError, match="GPT2LMHeadModel"):
+        run(broken, show_progress=False)
+    with pytest.raises(KVBufferError, match="lower lr"):
+        run(tiny_options(data, tmp_path / "inf", method="scratch", lr=1e30, optimizer="adamw"), show_progress=False)
