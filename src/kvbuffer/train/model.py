@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +56,12 @@ def complete_config(config: Mapping[str, Any], info: DataInfo, seq_len: int) -> 
 
 
 def _model_class(config: Mapping[str, Any]) -> Any:
-    return getattr(transformers, architecture_of(config))
+    cls = getattr(transformers, architecture_of(config))
+    module = sys.modules[cls.__module__]
+    # Where flash-linear-attention is installed, transformers takes its kernels, which need a GPU.
+    if rule := getattr(module, "torch_chunk_gated_delta_rule", None):
+        module.torch_chunk_gated_delta_rule = inspect.unwrap(rule)  # type: ignore[attr-defined]
+    return cls
 
 
 def build(config: Mapping[str, Any], seed: int) -> Any:
