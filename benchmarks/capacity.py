@@ -109,7 +109,6 @@ def make_plan(
     return plan_memory(
         shape, budget=budget, max_model_len=max_model_len, max_num_seqs=max_num_seqs, buffer_len=BUFFER_LEN,
         kv_only_len=min(128, state_bytes // record_bytes), dtype=torch.bfloat16, state_dtype=state, record_dtype=record,
-        prefix_caching=prefix_caching,
     )  # fmt: skip
 
 

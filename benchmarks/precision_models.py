@@ -110,7 +110,6 @@ class Rollout:
         plan = plan_memory(
             shape, budget=8 << 30, max_model_len=num_tokens + 1, max_num_seqs=len(first), buffer_len=buffer_len,
             kv_only_len=0, dtype=model.dtype, state_dtype=STATE_DTYPES[state], record_dtype=DTYPES[record],
-            prefix_caching=False,
         )  # fmt: skip
         memory = RequestMemory(plan, prefix_caching=False)
         self._scheduler = Scheduler(memory, fixed_forms(shape.linear, buffer_len, 0), 512)

@@ -36,7 +36,7 @@ def simulate(requests: Sequence[Request], sizes: Bytes) -> dict[str, Any]:
     budgets["1/10 of the least"] = oracle.least_bytes // 10
     rates = {}
     for name, budget in budgets.items():
-        found = {system: hit_tokens(cache, requests) for system, cache in systems(budget, sizes, longest).items()}
+        found = {system: hit_tokens(cache, requests) for system, cache in systems(budget, sizes).items()}
         rates[name] = {
             "bytes": budget,
             "hit_rate": {system: tokens / prompts for system, tokens in found.items()},

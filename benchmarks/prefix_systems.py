@@ -10,9 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kvbuffer.cache.checkpoints import checkpoint_positions
-from kvbuffer.cache.plan import RECORD_PAGE_SIZE, RING_SLACK, attention_pages, block_bytes, plan_memory
-from kvbuffer.cache.pool import BlockPool
-from kvbuffer.cache.pools import Pools, blocks_of
+from kvbuffer.cache.plan import RING_SLACK, attention_pages, block_bytes
+from kvbuffer.cache.pools import Counts, Pools, blocks_of
 from kvbuffer.cache.prefix import PrefixCache
 from kvbuffer.cache.prefix_tree import Origin
 from kvbuffer.cache.shapes import CacheShape, LinearShape
@@ -89,9 +88,9 @@ class Oracle:
 
     def __init__(self, sizes: Bytes, num_tokens: int) -> None:
         self._sizes = sizes
-        self._pages = BlockPool(num_tokens // PAGE_SIZE + 1, "pages")
-        none = BlockPool(0, "")
-        self._cache = PrefixCache(Pools(none, none, none, self._pages, 0, 0, 0, sizes.attention_page))
+        pages, each = num_tokens // PAGE_SIZE + 1, (0, 0, 0, sizes.attention_page)
+        pools = Pools.make(Counts(attention_pages=pages), each, pages * sizes.attention_page)
+        self._pages, self._cache = pools.attention_pages, PrefixCache(pools)
         self._hits: set[Hashable] = set()
         self._requests = 0
 
@@ -190,29 +189,11 @@ class LruCache:
 
 
 class Ours:
-    """The engine's prefix cache and policy, with pools of fixed sizes and a running request's own memory.
+    """The engine's prefix cache and policy, with one running request's own memory, under one budget of bytes."""
 
-    The memory plan divides the budget, for one request at a time.
-    """
-
-    def __init__(self, budget: int, sizes: Bytes, longest: int) -> None:
-        dtype = torch.bfloat16
-        plan = plan_memory(
-            SHAPE,
-            budget=budget,
-            max_model_len=longest,
-            max_num_seqs=1,
-            buffer_len=RECORD_PAGE_SIZE,
-            kv_only_len=0,
-            dtype=dtype,
-            state_dtype=dtype,
-            record_dtype=dtype,
-            prefix_caching=True,
-        )
-        counts = plan.num_slots, plan.num_record_pages, plan.num_rings, plan.num_attention_pages
-        names = "slots", "record pages", "rings", "attention pages"
-        pools = (BlockPool(n, name) for n, name in zip(counts, names, strict=True))
-        self._pools = Pools(*pools, sizes.state, sizes.record_page, sizes.ring, sizes.attention_page)
+    def __init__(self, budget: int, sizes: Bytes) -> None:
+        each = (sizes.state, sizes.record_page, sizes.ring, sizes.attention_page)
+        self._pools = Pools.make(Counts(*(budget // size for size in each)), each, budget)
         self._now = 0.0
         self._cache = PrefixCache(self._pools, clock=lambda: self._now)
 
@@ -222,7 +203,7 @@ class Ours:
         match = self._cache.match(prompt, None, len(prompt) - 1)
         self._cache.acquire(match)
         shared = match.attention_pages
-        wanted = checkpoint_positions(match, len(prompt), self._pools.slots.num_free, chunk=PREFILL_CHUNK)
+        wanted = checkpoint_positions(match, len(prompt), self._pools.room("slots"), chunk=PREFILL_CHUNK)
         pages = [*shared, *self._take_pages(attention_pages(len(text)) - len(shared))]
         for position in wanted:
             self._publish(text[:position], pages, "branch" if position == match.branch else "chunk")
@@ -235,8 +216,10 @@ class Ours:
         return match.num_tokens
 
     def _publish(self, text: list[int], pages: list[int], origin: Origin) -> None:
-        if not self._pools.slots.num_free and not self._cache.evict("slots", 1):
+        each = Counts(1, 1, 1)
+        if self._pools.shortage(each) is not None:
             return
+        self._make_room(each)
         slot, records, ring = (pool.take(1)[0] for pool in self._pools[:3])
         end = len(text)
         snapshot = Snapshot(max(0, end - WINDOW), end, max(0, end - WINDOW), slot, (records,), ring)
@@ -244,10 +227,13 @@ class Ours:
         self._pools.give_back(blocks_of(snapshot))
 
     def _take_pages(self, count: int) -> list[int]:
-        pool = self._pools.attention_pages
-        if pool.num_free < count:
-            self._cache.evict("attention_pages", count - pool.num_free)
-        return pool.take(count)
+        self._make_room(Counts(attention_pages=count))
+        return self._pools.attention_pages.take(count)
+
+    def _make_room(self, wanted: Counts) -> None:
+        missing = self._pools.bytes_of(wanted) - self._pools.free_bytes
+        if missing > 0:
+            self._cache.evict_bytes(missing)
 
 
 def hit_tokens(system: System, requests: Iterable[Request]) -> int:
@@ -255,10 +241,10 @@ def hit_tokens(system: System, requests: Iterable[Request]) -> int:
     return sum(system.serve(request) for request in requests)
 
 
-def systems(budget: int, sizes: Bytes, longest: int) -> dict[str, System]:
+def systems(budget: int, sizes: Bytes) -> dict[str, System]:
     """Return the caches that are compared, each within ``budget`` bytes."""
     return {
-        "kvbuffer": Ours(budget, sizes, longest),
+        "kvbuffer": Ours(budget, sizes),
         "blocks of 528, LRU": LruCache(budget, sizes, 528, at_blocks=True),
         "final states, LRU": LruCache(budget, sizes, PAGE_SIZE, at_blocks=False),
         "none": NoCache(),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefix_simulation import markdown, simulate
-from prefix_systems import LruCache, NoCache, Oracle, Ours, hit_tokens, longest_text, num_tokens, systems, true_bytes
+from prefix_systems import LruCache, NoCache, Oracle, Ours, hit_tokens, num_tokens, systems, true_bytes
 from prefix_traces import GENERATORS, MOONCAKE_BLOCK, Request, read_burstgpt, read_mooncake, read_trace
 
 GIB = 1 << 30
@@ -117,7 +117,7 @@ def test_each_cache_finds_what_it_is_made_to_find() -> None:
     ]
     expected = {
         Oracle(SIZES, num_tokens(requests)): [0, 1300, 1099, 1099],
-        Ours(64 * GIB, SIZES, 4096): [0, 1300, 0, 1099],
+        Ours(64 * GIB, SIZES): [0, 1300, 0, 1099],
         LruCache(64 * GIB, SIZES, 528, at_blocks=True): [0, 1056, 1056, 1056],
         LruCache(64 * GIB, SIZES, 16, at_blocks=False): [0, 1300, 0, 0],
         NoCache(): [0, 0, 0, 0],
@@ -133,7 +133,7 @@ def test_nobody_finds_more_than_the_oracle(name: str, part: int) -> None:
     oracle = Oracle(SIZES, num_tokens(requests))
     best = hit_tokens(oracle, requests)
     assert 0 < oracle.least_bytes <= oracle.unbounded_bytes
-    for system in systems(oracle.unbounded_bytes // part, SIZES, longest_text(requests)).values():
+    for system in systems(oracle.unbounded_bytes // part, SIZES).values():
         assert 0 <= hit_tokens(system, requests) <= best
 
 

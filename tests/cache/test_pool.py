@@ -49,6 +49,7 @@ def test_giving_back_twice_is_an_error() -> None:
 
 def test_check_integrity_finds_a_lost_block() -> None:
     pool = BlockPool(2, "pages")
+    pool.give_back(pool.take(1))
     pool._free.pop()
     with pytest.raises(RuntimeError, match="do not add up to 2"):
         pool.check_integrity()
@@ -116,3 +117,30 @@ def test_check_integrity_finds_a_wrong_count_of_idle_blocks() -> None:
     pool._num_idle = 1
     with pytest.raises(RuntimeError, match="1 idle blocks counted, 0 found"):
         pool.check_integrity()
+
+
+def test_free_blocks_with_memory_come_first_and_of_each_sort_the_lowest() -> None:
+    pool = BlockPool(6, "pages")
+    pool.take(4)
+    pool.give_back([2, 0, 3])
+    assert (pool.num_backed, pool.release(2)) == (4, [2, 3])
+    assert (pool.num_backed, pool.num_free) == (2, 5)
+    assert pool.take(5) == [0, 2, 3, 4, 5]
+    assert (pool.num_backed, pool.num_free) == (6, 0)
+    pool.check_integrity()
+
+
+def test_only_free_blocks_are_released() -> None:
+    pool = BlockPool(3, "pages")
+    pool.take(2)
+    pool.give_back([1])
+    assert pool.release(3) == [1]
+    assert pool.release(3) == []
+    pool.check_integrity()
+
+
+def test_a_large_pool_costs_what_is_used_of_it() -> None:
+    pool = BlockPool(1 << 40, "pages")
+    assert pool.take(2) == [0, 1]
+    assert (pool.num_taken, pool.references(1 << 39)) == (2, 0)
+    pool.check_integrity()

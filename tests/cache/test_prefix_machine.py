@@ -95,6 +95,14 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert freed == self.pools.by_kind(kind).num_free - free >= min(promised, count)
         self.pages_evicted |= kind == "attention_pages"
 
+    @rule(size=st.integers(1, 3000))
+    def evict_whatever_saves_least(self, size: int) -> None:
+        self.cache.num_evictable("slots")  # lets go of pins whose time is over
+        promised, free = self.pools.idle_bytes, self.pools.free_bytes
+        freed = self.cache.evict_bytes(size)
+        assert freed == self.pools.free_bytes - free >= min(promised, size)
+        self.pages_evicted = True
+
     @rule(salt=SALTS, text=TEXTS, seconds=st.integers(1, 3))
     def pin(self, salt: str | None, text: list[int], seconds: int) -> None:
         resumable = self.cache.match(text, salt, len(text)).num_tokens

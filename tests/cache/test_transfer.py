@@ -16,7 +16,7 @@ from tests.support.plans import plan_for, shape
 
 STATES = [torch.float32, torch.bfloat16, torch.int8]
 #: Pools of different sizes, so that a block number of the wrong kind does not go unnoticed.
-SIZES = {"num_slots": 5, "num_attention_pages": 9}
+SIZES = {"num_slots": 5, "num_record_pages": 13, "num_rings": 6, "num_attention_pages": 9}
 
 
 def caches_of(

@@ -101,6 +101,9 @@ class FakeEngine:
             speculative=self.speculative,
         )
 
+    def prepare(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.num_closed += 1
 

@@ -32,9 +32,7 @@ def shape(linear: int = 3, attention: int = 1, max_position_embeddings: int = 40
 
 def plan_for(cache_shape: CacheShape, budget: int = 1 << 30, **options: Any) -> MemoryPlan:
     """``plan_memory`` in float32 with the options that a test does not care about filled in."""
-    defaults = {
-        "max_model_len": None, "max_num_seqs": 64, "buffer_len": 16, "kv_only_len": 24, "prefix_caching": True
-    }  # fmt: skip
+    defaults = {"max_model_len": None, "max_num_seqs": 64, "buffer_len": 16, "kv_only_len": 24}
     types = dict.fromkeys(("dtype", "state_dtype", "record_dtype"), torch.float32)
     return plan_memory(cache_shape, budget=budget, **{**defaults, **types, **options})
 
@@ -80,7 +78,6 @@ def sized_engine(
         **lengths,
         state_dtype=dtypes[0],
         record_dtype=dtypes[1],
-        prefix_caching=config.enable_prefix_caching,
         num_draft_tokens=config.num_draft_tokens,
     )
     forms = FormPolicy.for_model(

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvbuffer.cache.plan import attention_pages
-from kvbuffer.cache.pool import BlockPool
-from kvbuffer.cache.pools import POOL_KINDS, Blocks, Pools, blocks_of
+from kvbuffer.cache.pools import POOL_KINDS, Blocks, Counts, Pools, blocks_of
 from kvbuffer.cache.prefix import PrefixCache, PrefixMatch
 from kvbuffer.cache.snapshot import Snapshot
 from kvbuffer.ops.attention import PAGE_SIZE
 
 
-def make_pools(slots: int = 8, record_pages: int = 8, rings: int = 8, pages: int = 64) -> Pools:
+def make_pools(slots: int = 8, record_pages: int = 8, rings: int = 8, pages: int = 64, budget: int = 1 << 20) -> Pools:
     """Pools whose blocks have unlike sizes."""
-    names = "state slots", "record pages", "rings", "attention pages"
     sizes = slots, record_pages, rings, pages
-    return Pools(*(BlockPool(size, name) for size, name in zip(sizes, names, strict=True)), 1000, 100, 10, 200)
+    return Pools.make(Counts(*sizes), (1000, 100, 10, 200), budget)
 
 
 class Writer:

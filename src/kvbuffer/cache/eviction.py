@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from kvbuffer.cache.pools import Pools, blocks_of
+from kvbuffer.cache.pools import Pools, blocks_of, counts_of
 from kvbuffer.cache.prefix_tree import Node, Origin, StoredSnapshot, previous_end
 from kvbuffer.ops.attention import PAGE_SIZE
 
@@ -57,15 +57,24 @@ class EvictionQueue(Generic[T]):
 
     def pop(self) -> T | None:
         """Take out the item to give up first; None when there is none."""
+        if self.lowest() == math.inf:
+            return None
+        _, _, item = heapq.heappop(self._heap)
+        item.queued = False
+        return item
+
+    def lowest(self) -> float:
+        """Return the priority of the item to give up first; infinity when there is none."""
         while self._heap:
-            priority, _, item = heapq.heappop(self._heap)
-            if item.alive and self._priority(item) > priority:
-                self._push(item)
-                continue
-            item.queued = False
+            priority, _, item = self._heap[0]
+            if item.alive and self._priority(item) <= priority:
+                return priority
+            heapq.heappop(self._heap)
             if item.alive:
-                return item
-        return None
+                self._push(item)
+            else:
+                item.queued = False
+        return math.inf
 
     def _push(self, item: T) -> None:
         self._serial += 1
@@ -118,7 +127,7 @@ class Usefulness:
 
     def of_snapshot(self, stored: StoredSnapshot) -> float:
         """Return the priority of a snapshot: its tokens would have to be computed again from the one before it."""
-        size = self._pools.bytes_of(blocks_of(stored.snapshot))
+        size = self._pools.bytes_of(counts_of(blocks_of(stored.snapshot)))
         return self._priority(stored.recency, self._odds(stored) * _saved(stored) / max(size, 1))
 
     def of_leaf(self, leaf: Node) -> float:
@@ -126,8 +135,8 @@ class Usefulness:
         if not leaf.snapshots:
             return self._priority(leaf.recency, 0.0)
         last = max(leaf.snapshots, key=lambda stored: stored.snapshot.end)
-        pages = math.ceil(_saved(last) / PAGE_SIZE) * self._pools.attention_page_bytes
-        size = self._pools.bytes_of(blocks_of(last.snapshot)) + pages
+        pages = math.ceil(_saved(last) / PAGE_SIZE) * self._pools.attention_pages.block_bytes
+        size = self._pools.bytes_of(counts_of(blocks_of(last.snapshot))) + pages
         return self._priority(leaf.recency, self._odds(last) * _saved(last) / max(size, 1))
 
     def _priority(self, recency: float, value: float) -> float:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvbuffer.cache.plan import BUFFER_SLACK, RECORD_PAGE_SIZE, RING_SLACK, MemoryPlan, attention_pages, record_pages
 from kvbuffer.cache.pool import BlockPool
-from kvbuffer.cache.pools import POOL_KINDS, Blocks, PoolKind, Pools
+from kvbuffer.cache.pools import MEMORY, POOL_KINDS, Blocks, Counts, PoolKind, Pools
 from kvbuffer.cache.prefix import PrefixCache, PrefixMatch
 from kvbuffer.cache.prefix_tree import Origin
 from kvbuffer.cache.snapshot import Snapshot
@@ -70,6 +70,17 @@ class Compact(NamedTuple):
 
 Work = Copy | Fold | Compact
 
+
+class _Need(NamedTuple):
+    """What a request that is admitted takes: a state now, or room for one later; records in all, pages of its own."""
+
+    slot: bool
+    slot_later: bool
+    records: int
+    record_pages: int
+    attention_pages: int
+
+
 NO_MATCH = PrefixMatch(0, (), None, None, 0, 0)
 
 
@@ -82,7 +93,7 @@ class RequestMemory:
     :attr:`work`, in order, for whoever owns the tensors to do before the next step.
 
     Args:
-        plan: sizes of the pools.
+        plan: the budget and the sizes of the pools.
         prefix_caching: keep the memory of prefixes that requests leave behind.
 
     Attributes:
@@ -101,15 +112,9 @@ class RequestMemory:
 
     def __init__(self, plan: MemoryPlan, prefix_caching: bool = True) -> None:
         self.plan = plan
-        each, seqs = plan.block_bytes, plan.max_num_seqs
+        seqs = plan.max_num_seqs
         self.rows = BlockPool(seqs, "rows")
-        self.pools = Pools(
-            BlockPool(plan.num_slots, "state slots"),
-            BlockPool(plan.num_record_pages, "record pages"),
-            BlockPool(plan.num_rings, "rings"),
-            BlockPool(plan.num_attention_pages, "attention pages"),
-            each.slot, each.record_page, each.ring, each.attention_page,
-        )  # fmt: skip
+        self.pools = Pools.make(plan.pool_sizes, plan.block_bytes, plan.budget)
         self.prefixes = PrefixCache(self.pools) if prefix_caching else None
         self.slot: npt.NDArray[np.int32] = np.full(seqs, -1, np.int32)
         self.ring: npt.NDArray[np.int32] = np.zeros(seqs, np.int32)
@@ -120,26 +125,35 @@ class RequestMemory:
         self.on_admit: Callable[[Sequence[int], str | None, int], bool] | None = None
         self._num_record_pages = [0] * seqs
         self._num_attention_pages = [0] * seqs
+        self._needs_slot = [False] * seqs
 
-    def _can_take(self, kind: PoolKind, count: int) -> bool:
-        free = self.pools.by_kind(kind).num_free
-        return count <= free or (self.prefixes is not None and count <= free + self.prefixes.num_evictable(kind))
+    def _shortage(self, wanted: Counts) -> str | None:
+        return self.pools.shortage(wanted) if self.prefixes is None else self.prefixes.shortage(wanted)
+
+    def _can_take(self, **counts: int) -> bool:
+        return self._shortage(Counts(**counts)) is None
 
     def _take(self, kind: PoolKind, count: int) -> list[int]:
         pool = self.pools.by_kind(kind)
         if self.prefixes is not None and count > pool.num_free:
             self.prefixes.evict(kind, count - pool.num_free)
+        missing = count * pool.block_bytes - self.pools.free_bytes
+        if self.prefixes is not None and missing > 0:
+            self.prefixes.evict_bytes(missing)
         return pool.take(count)
 
-    def admit(self, token_ids: Sequence[int], salt: str | None = None) -> Admission | str:
+    def admit(self, token_ids: Sequence[int], salt: str | None = None, max_len: int = 0) -> Admission | str:
         """Take memory for a request, reusing the longest cached prefix.
 
         Enough is taken for the computation of all its tokens, so that a prompt never stops half-way for want of memory:
-        attention pages, a state if the tokens are too many for records alone, pages for the records they leave.
+        attention pages, a state if the tokens are too many for records alone, pages for the records they leave. A state
+        that it will need later, when its records outgrow their buffer, is not taken yet, but must be there besides
+        those of the requests that run.
 
         Args:
             token_ids: all known tokens, at least one.
             salt: only prefixes that were computed under the same salt are reused.
+            max_len: tokens that it may come to have.
 
         Returns:
             The name of what there is too little of, if there is, and nothing changed.
@@ -150,46 +164,62 @@ class RequestMemory:
         match = NO_MATCH if self.prefixes is None else self.prefixes.match(token_ids, salt, num_tokens - 1)
         if self.prefixes is not None and self.on_admit is not None and self.on_admit(token_ids, salt, match.num_tokens):
             match = self.prefixes.match(token_ids, salt, num_tokens - 1)
-        cached, snapshot = match.num_tokens, match.snapshot
-        fill = 0 if snapshot is None else cached - snapshot.checkpoint
-        records, kept_pages = fill + num_tokens - cached, fill // RECORD_PAGE_SIZE
-        if snapshot is None or snapshot.slot is None:
-            takes_slot = self.plan.starts_with_state(num_tokens)
-        else:
-            takes_slot = records > self.plan.buffer_len + BUFFER_SLACK
-        if takes_slot:
-            records, kept_pages = min(records, BUFFER_SLACK), 0
-        own_pages = attention_pages(num_tokens) - len(match.attention_pages)
-        self.pools.share(match.blocks)  # so that they do not count as evictable
-        needed: dict[PoolKind, int] = {
-            "slots": int(takes_slot),
-            "rings": 1,
-            "attention_pages": own_pages,
-            "record_pages": record_pages(records) - kept_pages,
-        }
-        short = next((kind for kind, count in needed.items() if not self._can_take(kind, count)), None)
-        self.pools.give_back(match.blocks)
-        if short == "record_pages" and self._fold_longest():
-            return self.admit(token_ids, salt)
+        need = self._need(match, num_tokens, max_len)
+        short = self._shortage_beside(match, need)
+        if short is not None and match.stored is not None and not self.rows.num_used:
+            # Alone it fits, if need be without what was cached of it.
+            match = match._replace(num_tokens=0, attention_pages=(), partial_page=None, stored=None)
+            need = self._need(match, num_tokens, max_len)
+            short = self._shortage_beside(match, need)
         if short is not None:
-            return self.pools.by_kind(short).name
+            return self.admit(token_ids, salt, max_len) if self._fold_longest(short) else short
         if self.prefixes is not None:
             self.prefixes.acquire(match)
         row = self.rows.take(1)[0]
         self.slot[row], self.fill[row], self._num_record_pages[row] = -1, 0, 0
+        self._needs_slot[row] = need.slot_later
         (self.ring[row],) = self._take("rings", 1)
-        pages = [*match.attention_pages, *self._take("attention_pages", own_pages)]
+        pages = [*match.attention_pages, *self._take("attention_pages", need.attention_pages)]
         self.attention_table[row, : len(pages)] = pages
         self._num_attention_pages[row] = len(pages)
         if match.partial_page is not None:
             self.work.append(Copy("attention_pages", match.partial_page, pages[len(match.attention_pages)]))
             self.pools.give_back(Blocks(attention_pages=(match.partial_page,)))
-        if snapshot is not None:
-            self._resume(row, snapshot, fill)
-        if takes_slot and not self.own_state(row):
+        if match.snapshot is not None:
+            self._resume(row, match.snapshot, match.num_tokens - match.snapshot.checkpoint)
+        if need.slot and not self.own_state(row):
             raise RuntimeError("no state slot, though one was free")
-        self._take_record_pages(row, records)
+        self._take_record_pages(row, need.records)
         return Admission(row, match)
+
+    def _need(self, match: PrefixMatch, num_tokens: int, max_len: int) -> _Need:
+        """Return what a request of so many known tokens takes beside a match."""
+        snapshot, checkpoint = match.snapshot, 0 if match.snapshot is None else match.snapshot.checkpoint
+        fill = match.num_tokens - checkpoint
+        records, kept_pages = num_tokens - checkpoint, fill // RECORD_PAGE_SIZE
+        if snapshot is None or snapshot.slot is None:
+            slot = self.plan.starts_with_state(num_tokens)
+        else:
+            slot = records > self.plan.buffer_len + BUFFER_SLACK
+        if slot:
+            records, kept_pages = min(records, BUFFER_SLACK), 0
+        # A state that only the cache shares is given up by it when there is no other.
+        owns = snapshot is not None and snapshot.slot is not None and not self._num_holders("slots", snapshot.slot)
+        return _Need(
+            slot=slot,
+            slot_later=not (slot or owns) and max_len - checkpoint > self.plan.max_records,
+            records=records,
+            record_pages=record_pages(records) - kept_pages,
+            attention_pages=attention_pages(num_tokens) - len(match.attention_pages),
+        )
+
+    def _shortage_beside(self, match: PrefixMatch, need: _Need) -> str | None:
+        """Return what there is too little of for a request, the states counted that it and others will need later."""
+        slots = need.slot + need.slot_later + sum(self._needs_slot)
+        self.pools.share(match.blocks)  # so that they do not count as evictable
+        short = self._shortage(Counts(slots, need.record_pages, 1, need.attention_pages))
+        self.pools.give_back(match.blocks)
+        return short
 
     def _resume(self, row: int, snapshot: Snapshot, fill: int) -> None:
         """Give a row the memory of a snapshot that it has references to."""
@@ -210,10 +240,10 @@ class RequestMemory:
 
     def take_blocks(self, slots: int, record_pages: int, rings: int, attention_pages: int) -> Blocks | None:
         """Take blocks for a prefix that comes from elsewhere; None, and nothing changed, if there are too few."""
-        counts = dict(zip(POOL_KINDS, (slots, record_pages, rings, attention_pages), strict=True))
-        if not all(self._can_take(kind, count) for kind, count in counts.items()):
+        counts = Counts(slots, record_pages, rings, attention_pages)
+        if self._shortage(counts) is not None:
             return None
-        return Blocks(*(tuple(self._take(kind, count)) for kind, count in counts.items()))
+        return Blocks(*(tuple(self._take(kind, count)) for kind, count in zip(POOL_KINDS, counts, strict=True)))
 
     def num_cached_tokens(self, token_ids: Sequence[int], salt: str | None) -> int:
         """Return how many tokens of a prompt would not have to be computed."""
@@ -227,7 +257,8 @@ class RequestMemory:
         """
         attention = attention_pages(num_tokens) - self._num_attention_pages[row]
         records = record_pages(num_records) - self._num_record_pages[row]
-        if not (self._can_take("attention_pages", attention) and self._can_take("record_pages", records)):
+        attention, records = max(0, attention), max(0, records)
+        if (attention or records) and not self._can_take(attention_pages=attention, record_pages=records):
             return False
         if attention > 0:
             have = self._num_attention_pages[row]
@@ -259,43 +290,61 @@ class RequestMemory:
             Whether there is a slot for it; if not, nothing changed.
         """
         slot, fill = int(self.slot[row]), int(self.fill[row])
+        pages = tuple(self.record_table[row, : record_pages(fill)].tolist())
+        freed = self._num_own_pages(row) if fill else 0
         shared = slot >= 0 and self.pools.slots.references(slot) > 1
-        if shared and not self._can_take("slots", 1) and self.prefixes is not None:
+        if shared and self.prefixes is not None and not self._can_take(slots=1, record_pages=-freed):
             self.prefixes.disown(slot)
             shared = self.pools.slots.references(slot) > 1
         target = slot
         if slot < 0 or shared:
-            if not self._can_take("slots", 1):
+            if not self._can_take(slots=1, record_pages=-freed):
                 return False
+            if fill:
+                self._drop_record_pages(row)  # the fold that reads them is done before what takes them writes
             (target,) = self._take("slots", 1)
         if fill or (slot >= 0 and target != slot):
-            pages = tuple(self.record_table[row, : record_pages(fill)].tolist())
             self.work.append(Fold(slot, target, pages, fill))
         if slot >= 0 and target != slot:
             self.pools.slots.give_back([slot])
-        self.slot[row], self.fill[row] = target, 0
+        self.slot[row], self.fill[row], self._needs_slot[row] = target, 0, False
         if fill:  # empty pages were taken in advance, for the end of a prompt
             self._drop_record_pages(row)
         return True
 
-    def _fold_longest(self) -> bool:
+    def _num_holders(self, kind: PoolKind, block: int) -> int:
+        pool = self.pools.by_kind(kind)
+        return pool.references(block) - pool.kept(block)
+
+    def _num_own_pages(self, row: int) -> int:
+        """Return how many record pages of a request no other holds."""
+        pages = self.record_table[row, : self._num_record_pages[row]].tolist()
+        return sum(self._num_holders("record_pages", page) == 1 for page in pages)
+
+    def _fold_longest(self, short: str) -> bool:
         """Give a state to the request with the most records that decodes without one, to have its pages back.
 
+        Args:
+            short: what there is too little of.
+
         Returns:
-            Whether there was such a request, and a slot for it.
+            Whether there was such a request, and that made room.
         """
         used = np.array(self._num_record_pages)
         # A prompt has pages for all of its tokens; a request that decodes, for no more than the next.
         decoding = (self.slot < 0) & (used > 1) & (used * RECORD_PAGE_SIZE <= self.fill + RECORD_PAGE_SIZE)
         row = int(np.argmax(np.where(decoding, used, 0)))
-        if not decoding[row] or not self.own_state(row):
+        smaller = self.plan.block_bytes.slot < (self._num_own_pages(row) - 1) * self.plan.block_bytes.record_page
+        if not decoding[row] or not (short == self.pools.record_pages.name or (short == MEMORY and smaller)):
+            return False
+        if not self.own_state(row):
             return False
         self._take_record_pages(row, 1)
         return True
 
     def folded(self, row: int) -> None:
         """Note that a decode step has folded a request's records in place, and appended one."""
-        self.fill[row] = 1
+        self.fill[row], self._needs_slot[row] = 1, False
         self._drop_record_pages(row, keep=1)
 
     def accept(self, row: int, num_tokens: int, accepted: Sequence[int]) -> None:
@@ -340,7 +389,7 @@ class RequestMemory:
             origin: where in the request's life; after its ``"output"`` it releases its memory.
         """
         ends = origin == "output"  # the ring need not be copied
-        if self.prefixes is None or not len(token_ids) or not (ends or self._can_take("rings", 1)):
+        if self.prefixes is None or not len(token_ids) or not (ends or self._can_take(rings=1)):
             return
         end, fill, slot = len(token_ids), int(self.fill[row]), int(self.slot[row])
         ring = int(self.ring[row])
@@ -372,7 +421,7 @@ class RequestMemory:
     def release(self, row: int) -> None:
         """Free everything that a request holds; what has been published stays."""
         self.pools.give_back(self._blocks(row))
-        self.slot[row], self.fill[row] = -1, 0
+        self.slot[row], self.fill[row], self._needs_slot[row] = -1, 0, False
         self._num_attention_pages[row] = self._num_record_pages[row] = 0
         self.rows.give_back([row])
 
@@ -391,7 +440,7 @@ class RequestMemory:
         used = pool.num_used - pool.num_idle
         if self.prefixes is not None:
             pins = self.prefixes.pinned(kind).copy()
-            used -= sum(pool.references(block) - pool.kept(block) == count for block, count in pins.items())
+            used -= sum(self._num_holders(kind, block) == count for block, count in pins.items())
         return used
 
     def check_integrity(self) -> None:
@@ -410,6 +459,6 @@ class RequestMemory:
             counts = Counter(block for blocks in held for block in blocks[index])
             if self.prefixes is not None:
                 counts.update(self.prefixes.pinned(kind))
-            for block in range(pool.size):
-                if pool.references(block) - pool.kept(block) != counts[block]:
+            for block in range(pool.num_taken):
+                if self._num_holders(kind, block) != counts[block]:
                     raise RuntimeError(f"{pool.name} {block} is not held by just the requests that name it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from kvbuffer.cache.pools import POOL_KINDS, Blocks, PoolKind, Pools
+from kvbuffer.cache.pools import POOL_KINDS, Blocks, Counts, PoolKind, Pools
 from kvbuffer.cache.prefix_tree import Node
 
 
@@ -22,12 +22,13 @@ class Pins:
 
     Args:
         pools: where the blocks are of.
-        share: the part of each pool that may be pinned.
+        share: the part of each pool, and of all their bytes, that may be pinned.
     """
 
     def __init__(self, pools: Pools, share: float) -> None:
         self._pools = pools
-        self._limits = [int(pool.size * share) for pool, _ in pools.pairs(Blocks())]
+        self._limits = Counts(*(int(pool.size * share) for pool in pools.all))
+        self._most_bytes = int(pools.budget * share)
         self._pins: list[Pin] = []
         self._pinned: list[Counter[int]] = [Counter() for _ in self._limits]
 
@@ -37,7 +38,7 @@ class Pins:
         Returns:
             Whether it was pinned; False when it is too large by itself.
         """
-        if any(len(set(numbers)) > limit for numbers, limit in zip(pin.blocks, self._limits, strict=True)):
+        if self._too_many(Counts(*(len(set(numbers)) for numbers in pin.blocks))):
             return False
         path = set(map(id, pin.last.path()))
         self._pools.share(pin.blocks)
@@ -46,9 +47,13 @@ class Pins:
         self._pins.append(pin)
         for count, numbers in zip(self._pinned, pin.blocks, strict=True):
             count.update(numbers)
-        while any(len(count) > limit for count, limit in zip(self._pinned, self._limits, strict=True)):
+        while self._too_many(Counts(*map(len, self._pinned))):
             self._release(self._pins[0])
         return True
+
+    def _too_many(self, counts: Counts) -> bool:
+        too_many = any(count > limit for count, limit in zip(counts, self._limits, strict=True))
+        return too_many or self._pools.bytes_of(counts) > self._most_bytes
 
     def counts(self, kind: PoolKind) -> Counter[int]:
         """Return how many pins hold each block of a kind."""

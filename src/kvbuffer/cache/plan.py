@@ -1,23 +1,29 @@
-"""How a byte budget is divided, and how many requests that really serves.
+"""One byte budget, and how many requests it really serves.
 
 Four kinds of memory, each in a pool of its own so that none inflates another's block size: state slots (the
 linear-attention states), rings (the convolutions' last inputs), record pages (the KV buffers) and attention pages (keys
 and values of the full-attention layers). Running requests and cached prefixes share all of them.
+
+The budget is not divided among the pools beforehand, when nobody knows what requests will need. Each pool has as many
+numbers as the whole budget has room for; what counts is the bytes of the blocks that are held, of all kinds together.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from kvbuffer.cache.pools import MEMORY, POOL_NAMES, Counts
 from kvbuffer.cache.shapes import CacheShape
 from kvbuffer.errors import CapacityError, ConfigError
 from kvbuffer.ops.attention import PAGE_SIZE
 
-#: Context length for which slots and attention pages are balanced when memory cannot serve the longest for everyone.
+#: A context length between short and long: one of those for which the plan names its maximum concurrency.
 TYPICAL_CONTEXT = 2048
 #: Share of the machine's free memory, after the weights, that the caches may take by default.
 DEFAULT_SHARE = 0.5
@@ -29,29 +35,30 @@ PROMPT_TAIL = 16
 BUFFER_SLACK = PROMPT_TAIL
 #: Tokens by which a cursor may move back while the ring still has the inputs that the convolution's taps reach to.
 RING_SLACK = 5
-# Tokens from one cached state to the next, on average, for dividing what running requests leave over.
-_CACHED_CONTEXT = 1024
-# More than this in the prefix cache is not planned for: page tables of many gigabytes take seconds to set up.
-_MOST_CACHED_TOKENS = 1 << 21
+# Block numbers are 32-bit integers, and kernels double those of pages.
+_MOST_BLOCKS = 1 << 30
 
 
-@dataclass(frozen=True)
-class BlockBytes:
+class BlockBytes(NamedTuple):
     """Bytes of one block of each kind, over all layers."""
 
     slot: int
-    ring: int
     record_page: int
+    ring: int
     attention_page: int
+
+    def of(self, counts: Counts) -> int:
+        """Return the bytes of so many blocks."""
+        return sum(count * size for count, size in zip(counts, self, strict=True))
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The sizes of the pools, and the bytes behind them.
+    """The byte budget, what is promised of it, and the numbers of the pools that share it.
 
     Attributes:
-        budget: bytes the plan may use.
-        max_model_len: longest request in tokens, prompt and output.
+        budget: bytes that blocks may take.
+        max_model_len: longest request in tokens, prompt and output; one of them always fits.
         max_num_seqs: the user's cap on running requests.
         buffer_len: records a KV buffer holds before it is folded.
         kv_only_len: a request lives on records alone for as many tokens.
@@ -60,10 +67,10 @@ class MemoryPlan:
         state_dtype: dtype of the states.
         record_dtype: dtype of the records' keys and values.
         ring_len: rows of a ring.
-        num_slots: state slots.
-        num_rings: rings; every running request has one.
-        num_record_pages: record pages.
-        num_attention_pages: attention pages.
+        num_slots: state slots, at most.
+        num_rings: rings, at most; every running request has one.
+        num_record_pages: record pages, at most.
+        num_attention_pages: attention pages, at most.
         block_bytes: bytes of a block of each kind.
     """
 
@@ -93,32 +100,33 @@ class MemoryPlan:
         return max(self.buffer_len, self.kv_only_len) + BUFFER_SLACK + self.num_draft_tokens
 
     @property
-    def total_bytes(self) -> int:
-        """Bytes the pools take."""
-        each = self.block_bytes
-        return (
-            self.num_slots * each.slot
-            + self.num_rings * each.ring
-            + self.num_record_pages * each.record_page
-            + self.num_attention_pages * each.attention_page
-        )
+    def pool_sizes(self) -> Counts:
+        """The most blocks of each kind."""
+        return Counts(self.num_slots, self.num_record_pages, self.num_rings, self.num_attention_pages)
+
+    def request_blocks(self, context_len: int) -> Counts:
+        """Return what a request of ``context_len`` tokens (prompt and output) holds in the end."""
+        slots, records = 1, buffer_pages(self.buffer_len)
+        if not self.starts_with_state(context_len):
+            # Where memory runs short, records that are larger than a state are folded.
+            each, needed = self.block_bytes, record_pages(context_len)
+            if needed * each.record_page <= each.slot + records * each.record_page:
+                slots, records = 0, needed
+        return Counts(slots, records, 1, attention_pages(context_len))
 
     def limits(self, context_len: int) -> dict[str, int]:
         """Return, per thing that may run out, the requests of ``context_len`` tokens that it lets run together."""
+        each = self.request_blocks(context_len)
         limits = {"--max-num-seqs": self.max_num_seqs}
-        buffer = buffer_pages(self.buffer_len)
-        pages = self.num_record_pages // buffer
-        if self.starts_with_state(context_len):
-            limits["state slots (--memory)"] = self.num_slots
-        elif record_pages(context_len) <= buffer:
-            pages = self.num_record_pages // record_pages(context_len)
-        else:
-            # Where pages run short, as many requests as there are slots are folded and keep a buffer only.
-            folded = min(self.num_slots, pages)
-            pages = folded + (self.num_record_pages - folded * buffer) // record_pages(context_len)
-        limits["rings (--memory)"] = self.num_rings
-        limits["record pages (--memory)"] = pages
-        limits["attention pages (--memory)"] = self.num_attention_pages // attention_pages(context_len)
+        newest = each
+        if each.slots and not self.starts_with_state(context_len):
+            # The others are folded to make room for it.
+            newest = each._replace(slots=0, record_pages=record_pages(context_len))
+        others = (self.budget - self.block_bytes.of(newest)) // max(1, self.block_bytes.of(each))
+        limits[f"{MEMORY} (--memory)"] = 1 + others
+        for name, size, count in zip(POOL_NAMES, self.pool_sizes, each, strict=True):
+            if count:
+                limits[name] = size // count
         return limits
 
     def max_concurrency(self, context_len: int) -> int:
@@ -131,23 +139,44 @@ class MemoryPlan:
         return min(limits, key=lambda name: limits[name])
 
     def describe(self) -> str:
-        """Return the plan for people: the pools, and the true maximum concurrency with what limits it."""
+        """Return the plan for people: what blocks take, and the true maximum concurrency with what limits it."""
         each = self.block_bytes
         lines = [
-            f"caches {format_size(self.total_bytes)} of {format_size(self.budget)} allowed:",
-            f"  {self.num_slots} state slots x {format_size(each.slot)} ({_name(self.state_dtype)} states)",
-            f"  {self.num_record_pages} record pages x {format_size(each.record_page)} "
-            f"({RECORD_PAGE_SIZE} tokens each, {_name(self.record_dtype)} records; buffers of up to {self.buffer_len} "
-            f"tokens, no state before {self.kv_only_len})",
-            f"  {self.num_rings} rings x {format_size(each.ring)} ({self.ring_len} tokens of convolution inputs each)",
-            f"  {self.num_attention_pages} attention pages x {format_size(each.attention_page)} "
-            f"({PAGE_SIZE} tokens each)",
+            f"memory for caches: {format_size(self.budget)}, shared by",
+            f"  state slots of {format_size(each.slot)} ({_name(self.state_dtype)} states)",
+            f"  record pages of {format_size(each.record_page)} ({RECORD_PAGE_SIZE} tokens, {_name(self.record_dtype)} "
+            f"records; buffers of up to {self.buffer_len} tokens, no state before {self.kv_only_len})",
+            f"  rings of {format_size(each.ring)} ({self.ring_len} tokens of convolution inputs)",
+            f"  attention pages of {format_size(each.attention_page)} ({PAGE_SIZE} tokens)",
             "maximum concurrency:",
         ]
         for length in sorted({min(length, self.max_model_len) for length in (128, TYPICAL_CONTEXT, 1 << 62)}):
-            limit = self.binding_limit(length)
-            lines.append(f"  {self.max_concurrency(length)} requests of {length} tokens (limited by {limit})")
+            size, limit = format_size(each.of(self.request_blocks(length))), self.binding_limit(length)
+            lines.append(
+                f"  {self.max_concurrency(length)} requests of {length} tokens, {size} each (limited by {limit})"
+            )
         return "\n".join(lines)
+
+    def with_fixed_pools(self) -> MemoryPlan:
+        """Return a plan whose pools together take no more than the budget, where memory cannot move between them.
+
+        Beyond one longest request, the budget is divided as requests of a typical context divide theirs, with a cached
+        prefix beside each.
+        """
+        alone = self.longest_request
+        typical = self.request_blocks(min(self.max_model_len, TYPICAL_CONTEXT))
+        typical = Counts(2, typical.record_pages + 1, 2, typical.attention_pages)
+        count = (self.budget - self.block_bytes.of(alone)) // max(1, self.block_bytes.of(typical))
+        sizes = (one + count * more for one, more in zip(alone, typical, strict=True))
+        slots, records, rings, attention = sizes
+        return dataclasses.replace(
+            self, num_slots=slots, num_record_pages=records, num_rings=rings, num_attention_pages=attention
+        )
+
+    @property
+    def longest_request(self) -> Counts:
+        """Blocks that a longest request may come to hold."""
+        return Counts(1, record_pages(self.max_records), 1, attention_pages(self.max_model_len))
 
 
 def attention_pages(tokens: int) -> int:
@@ -161,7 +190,7 @@ def record_pages(records: int) -> int:
 
 
 def buffer_pages(buffer_len: int) -> int:
-    """Return the record pages that are planned for each request with a state.
+    """Return the record pages that are counted for each request with a state.
 
     A buffer may hold BUFFER_SLACK records more, but few do at a time: most are not full, and where pages run short
     a fold is not put off.
@@ -211,10 +240,9 @@ def plan_memory(
     dtype: torch.dtype,
     state_dtype: torch.dtype,
     record_dtype: torch.dtype,
-    prefix_caching: bool,
     num_draft_tokens: int = 0,
 ) -> MemoryPlan:
-    """Divide ``budget`` bytes into pools.
+    """Make the plan of a budget of bytes.
 
     At least one request of ``max_model_len`` tokens always fits, so a request that was accepted can always finish. Left
     to None, ``max_model_len`` is the model's own, or the longest that fits.
@@ -223,63 +251,19 @@ def plan_memory(
         CapacityError: the budget cannot hold one request of the length asked for.
         ConfigError: the length asked for is more than the model was made for.
     """
-    # Drafts overwrite the oldest inputs before it is known whether they are accepted.
-    ring_len = shape.linear.conv_kernel - 1 + RING_SLACK + num_draft_tokens
-    each = block_bytes(shape, dtype, state_dtype, record_dtype, ring_len)
-    most_pages = record_pages(max(buffer_len, kv_only_len) + BUFFER_SLACK + num_draft_tokens)
-    alone = each.slot + each.ring + most_pages * each.record_page
-
     if max_model_len is not None and max_model_len > shape.max_position_embeddings:
         raise ConfigError(
             f"--max-model-len {max_model_len} is more than the {shape.max_position_embeddings} tokens the model was "
             "made for (max_position_embeddings in config.json): lower it"
         )
-    if max_model_len is None:
-        fits = shape.max_position_embeddings
-        if each.attention_page:
-            fits = min(fits, max(0, budget - alone) // each.attention_page * PAGE_SIZE)
-        max_model_len = max(fits, PAGE_SIZE)
-    longest = attention_pages(max_model_len)
-    needed = alone + longest * each.attention_page
-    if needed > budget:
-        raise CapacityError(
-            f"{format_size(budget)} of cache memory cannot hold one request of {max_model_len} tokens, which needs "
-            f"{format_size(needed)}: raise --memory or lower --max-model-len"
-        )
-    # A request with a state, or with records alone where none is too long for that and they are smaller; a prefix that
-    # is kept.
-    slots, pages_per_request = 1, buffer_pages(buffer_len)
-    only_records = record_pages(max_model_len) * each.record_page < each.slot + pages_per_request * each.record_page
-    if only_records and max_model_len <= max(kv_only_len, PROMPT_TAIL):
-        slots, pages_per_request = 0, record_pages(max_model_len)
-    request = slots * each.slot + each.ring + pages_per_request * each.record_page
-    cached = (slots * each.slot + each.ring + each.record_page) if prefix_caching else 0
-    # What the first request may need beyond that.
-    first = alone - request
-    # As many requests as can each have a typical context, with a cached prefix beside each; attention pages take the
-    # rest, up to the longest context for everyone. Without linear-attention layers a slot costs nothing.
-    typical = attention_pages(min(max_model_len, TYPICAL_CONTEXT)) * each.attention_page
-    spare = (budget - needed) // request if request else max_num_seqs
-    requests = max(1, min(max_num_seqs, (budget - first) // max(1, request + cached + typical), 1 + spare))
-    budget_left = budget - first - requests * request
-    left = budget_left - longest * each.attention_page
-    prefixes = min(requests, left // cached) if cached else 0
-    attention = requests * longest
-    if each.attention_page:
-        attention = min(attention, (budget_left - prefixes * cached) // each.attention_page)
-    left = budget_left - prefixes * cached - attention * each.attention_page
-    # Where --max-num-seqs is what binds, requests without a state have room for all their records.
-    more_pages = (requests - 1) * (most_pages - pages_per_request)
-    more_pages = min(more_pages, left // each.record_page) if each.record_page else 0
-    if prefix_caching:
-        # What is still left is for prefixes: their states, and keys and values as far as one state serves.
-        left -= more_pages * each.record_page
-        pages = attention_pages(_CACHED_CONTEXT)
-        more = min(left // max(1, cached + pages * each.attention_page), _MOST_CACHED_TOKENS // _CACHED_CONTEXT)
-        prefixes, attention = prefixes + more, attention + more * pages
-    return MemoryPlan(
+    # Drafts overwrite the oldest inputs before it is known whether they are accepted.
+    ring_len = shape.linear.conv_kernel - 1 + RING_SLACK + num_draft_tokens
+    each = block_bytes(shape, dtype, state_dtype, record_dtype, ring_len)
+
+    slots, records, rings, pages = (min(_MOST_BLOCKS, budget // max(1, size)) for size in each)
+    plan = MemoryPlan(
         budget=budget,
-        max_model_len=max_model_len,
+        max_model_len=PAGE_SIZE,
         max_num_seqs=max_num_seqs,
         buffer_len=buffer_len,
         kv_only_len=kv_only_len,
@@ -288,12 +272,26 @@ def plan_memory(
         state_dtype=state_dtype,
         record_dtype=record_dtype,
         ring_len=ring_len,
-        num_slots=slots * (requests + prefixes) + (1 - slots),
-        num_rings=requests + prefixes,
-        num_record_pages=requests * pages_per_request + most_pages - pages_per_request + more_pages + prefixes,
-        num_attention_pages=attention,
+        num_slots=slots,
+        num_rings=rings,
+        num_record_pages=records,
+        num_attention_pages=pages,
         block_bytes=each,
     )
+    if max_model_len is None:
+        fits = shape.max_position_embeddings
+        if each.attention_page:
+            alone = each.of(plan.longest_request._replace(attention_pages=0))
+            fits = min(fits, max(0, budget - alone) // each.attention_page * PAGE_SIZE)
+        max_model_len = max(fits, PAGE_SIZE)
+    plan = dataclasses.replace(plan, max_model_len=max_model_len)
+    needed = each.of(plan.longest_request)
+    if needed > budget:
+        raise CapacityError(
+            f"{format_size(budget)} of cache memory cannot hold one request of {max_model_len} tokens, which needs "
+            f"{format_size(needed)}: raise --memory or lower --max-model-len"
+        )
+    return plan
 
 
 def default_budget(weight_bytes: int) -> int:

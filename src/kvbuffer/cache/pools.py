@@ -1,8 +1,8 @@
-"""The four pools that a request's memory comes from, and blocks of each."""
+"""The four pools that a request's memory comes from, and the bytes that they share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from kvbuffer.cache.pool import BlockPool
@@ -10,6 +10,9 @@ from kvbuffer.cache.snapshot import Snapshot
 
 PoolKind = Literal["slots", "record_pages", "rings", "attention_pages"]
 POOL_KINDS: tuple[PoolKind, ...] = ("slots", "record_pages", "rings", "attention_pages")
+POOL_NAMES = ("state slots", "record pages", "rings", "attention pages")
+#: The limit that binds when the pools together have no bytes left.
+MEMORY = "memory"
 
 
 class Blocks(NamedTuple):
@@ -21,6 +24,15 @@ class Blocks(NamedTuple):
     attention_pages: tuple[int, ...] = ()
 
 
+class Counts(NamedTuple):
+    """Numbers of blocks, by the pool that they are of."""
+
+    slots: int = 0
+    record_pages: int = 0
+    rings: int = 0
+    attention_pages: int = 0
+
+
 def blocks_of(snapshot: Snapshot | None, attention_pages: tuple[int, ...] = ()) -> Blocks:
     """Return the blocks of a snapshot, if there is one, with ``attention_pages``."""
     if snapshot is None:
@@ -30,16 +42,38 @@ def blocks_of(snapshot: Snapshot | None, attention_pages: tuple[int, ...] = ()) 
 
 
 class Pools(NamedTuple):
-    """The pools, and the bytes of a block of each."""
+    """The pools, and the bytes that blocks of all of them may take together.
+
+    A pool's own size matters only where memory cannot move from one pool to another; elsewhere each is as large as the
+    whole budget could make it.
+    """
 
     slots: BlockPool
     record_pages: BlockPool
     rings: BlockPool
     attention_pages: BlockPool
-    slot_bytes: int
-    record_page_bytes: int
-    ring_bytes: int
-    attention_page_bytes: int
+    budget: int
+
+    @classmethod
+    def make(cls, sizes: Counts, block_bytes: Sequence[int], budget: int) -> Pools:
+        """Return pools of so many blocks, of so many bytes each, that together may take ``budget`` bytes."""
+        slots, records, rings, attention = map(BlockPool, sizes, POOL_NAMES, block_bytes)
+        return cls(slots, records, rings, attention, budget)
+
+    @property
+    def all(self) -> tuple[BlockPool, BlockPool, BlockPool, BlockPool]:
+        """The pools, in the order of POOL_KINDS."""
+        return self.slots, self.record_pages, self.rings, self.attention_pages
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that no block takes which someone holds."""
+        return self.budget - sum(pool.num_used * pool.block_bytes for pool in self.all)
+
+    @property
+    def idle_bytes(self) -> int:
+        """Bytes of blocks that only the prefix cache holds."""
+        return sum(pool.num_idle * pool.block_bytes for pool in self.all)
 
     def by_kind(self, kind: PoolKind) -> BlockPool:
         """Return the pool of one kind."""
@@ -48,11 +82,26 @@ class Pools(NamedTuple):
 
     def items(self) -> Iterator[tuple[PoolKind, BlockPool]]:
         """Go through the pools with their kinds."""
-        return zip(POOL_KINDS, self[: len(POOL_KINDS)], strict=True)  # type: ignore[arg-type]
+        return zip(POOL_KINDS, self.all, strict=True)
+
+    def room(self, kind: PoolKind) -> int:
+        """Return how many blocks of one kind can be taken while nothing is evicted."""
+        pool = self.by_kind(kind)
+        return min(pool.num_free, self.free_bytes // pool.block_bytes) if pool.block_bytes else pool.num_free
+
+    def shortage(self, wanted: Counts) -> str | None:
+        """Return the name of what there is too little of for so many blocks more; None if there is enough.
+
+        Idle blocks count as there, for they can be evicted. Negative counts are blocks that are given back.
+        """
+        for pool, count in zip(self.all, wanted, strict=True):
+            if count > pool.num_free + pool.num_idle:
+                return pool.name
+        return MEMORY if self.bytes_of(wanted) > self.free_bytes + self.idle_bytes else None
 
     def pairs(self, blocks: Blocks) -> Iterator[tuple[BlockPool, tuple[int, ...]]]:
         """Go through the pools with their part of ``blocks``."""
-        return zip((self.slots, self.record_pages, self.rings, self.attention_pages), blocks, strict=True)
+        return zip(self.all, blocks, strict=True)
 
     def share(self, blocks: Blocks) -> None:
         """Add a holder to each block."""
@@ -74,7 +123,11 @@ class Pools(NamedTuple):
         for pool, numbers in self.pairs(blocks):
             pool.drop(numbers)
 
-    def bytes_of(self, blocks: Blocks) -> int:
-        """Return the bytes behind ``blocks``."""
-        sizes = self.slot_bytes, self.record_page_bytes, self.ring_bytes, self.attention_page_bytes
-        return sum(len(numbers) * size for numbers, size in zip(blocks, sizes, strict=True))
+    def bytes_of(self, counts: Counts) -> int:
+        """Return the bytes behind so many blocks."""
+        return sum(count * pool.block_bytes for pool, count in zip(self.all, counts, strict=True))
+
+
+def counts_of(blocks: Blocks) -> Counts:
+    """Return how many blocks there are of each kind."""
+    return Counts(*map(len, blocks))

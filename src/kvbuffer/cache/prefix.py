@@ -12,12 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import repeat
 from typing import NamedTuple
 
 from kvbuffer.cache.eviction import EvictionQueue, Usefulness
 from kvbuffer.cache.pins import Pin, Pins
-from kvbuffer.cache.pools import POOL_KINDS, Blocks, PoolKind, Pools, blocks_of
+from kvbuffer.cache.pools import POOL_KINDS, Blocks, Counts, PoolKind, Pools, blocks_of
 from kvbuffer.cache.prefix_tree import (
     Node,
     Origin,
@@ -200,17 +200,22 @@ class PrefixCache:
         Pages go from the ends of paths inward, each with the snapshots that end in it. Pins are for the sake of later
         requests: when nothing else is left, the oldest give way to the one that needs the memory now.
         """
-        self._pins.release_expired(self._clock())
-        before = [pool.num_free for pool, _ in self.pools.pairs(Blocks())]
         pool = self.pools.by_kind(kind)
-        target = pool.num_free + count
-        evict = self._evict_pages if kind == "attention_pages" else partial(self._evict_snapshots, kind)
-        evict(target)
-        while pool.num_free < target and self._pins.release_oldest():
-            evict(target)
-        for name, free in zip(POOL_KINDS, before, strict=True):
-            self.counters.evicted[name] += self.pools.by_kind(name).num_free - free
-        return pool.num_free - target + count
+        before = pool.num_free
+        pages = kind == "attention_pages"
+        self._evict(
+            lambda: pool.num_free >= before + count, lambda: pool.num_idle, pages, kinds=() if pages else (kind,)
+        )
+        return pool.num_free - before
+
+    def evict_bytes(self, num_bytes: int) -> int:
+        """Free at least ``num_bytes`` bytes of whatever saves the least, or as many as can be; return how many."""
+        before = self.pools.free_bytes
+        enough = before + num_bytes
+        self._evict(
+            lambda: self.pools.free_bytes >= enough, lambda: self.pools.idle_bytes, pages=True, kinds=POOL_KINDS
+        )
+        return self.pools.free_bytes - before
 
     def disown(self, slot: int) -> None:
         """Give up the snapshots with this state, so that a request which holds it can have it alone."""
@@ -221,6 +226,11 @@ class PrefixCache:
         """Return how many blocks of one pool :meth:`evict` can free without touching what is pinned."""
         self._pins.release_expired(self._clock())
         return self.pools.by_kind(kind).num_idle
+
+    def shortage(self, wanted: Counts) -> str | None:
+        """Return what :meth:`Pools.shortage` does, without what is pinned."""
+        self._pins.release_expired(self._clock())
+        return self.pools.shortage(wanted)
 
     def pin(self, token_ids: Sequence[int], salt: str | None, until: float) -> bool:
         """Keep what a continuation of this text would start from, until a time of the cache's clock.
@@ -279,9 +289,9 @@ class PrefixCache:
                     for count, numbers in zip(held, blocks, strict=True):
                         for number in numbers:
                             count[number] = count.get(number, 0) + 1
-        for pool, count in zip((pool for pool, _ in self.pools.pairs(Blocks())), held, strict=True):
+        for pool, count in zip(self.pools.all, held, strict=True):
             pool.check_integrity()
-            if any(pool.kept(block) != count.get(block, 0) for block in range(pool.size)):
+            if any(pool.kept(block) != count.get(block, 0) for block in range(pool.num_taken)):
                 raise RuntimeError(f"prefix cache: {pool.name} held are not those of the tree")
 
     def _insert_page(self, parent: Node, tokens: Tokens, block: int) -> Node:
@@ -313,38 +323,59 @@ class PrefixCache:
         self._usefulness.note_stored(origin)
         self.counters.inserted_snapshots += 1
 
-    def _evict_snapshots(self, kind: PoolKind, target: int) -> None:
-        pool = self.pools.by_kind(kind)
+    def _evict(
+        self, enough: Callable[[], bool], idle: Callable[[], int], pages: bool, kinds: Sequence[PoolKind]
+    ) -> None:
+        """Evict pages, and snapshots with blocks of ``kinds``, by what they save, while any are idle, until enough."""
+        self._pins.release_expired(self._clock())
+        before = [pool.num_free for pool in self.pools.all]
+        self._evict_unpinned(enough, idle, pages, kinds)
+        while not enough() and self._pins.release_oldest():
+            self._evict_unpinned(enough, idle, pages, kinds)
+        for kind, pool, free in zip(POOL_KINDS, self.pools.all, before, strict=True):
+            self.counters.evicted[kind] += pool.num_free - free
+
+    def _evict_unpinned(
+        self, enough: Callable[[], bool], idle: Callable[[], int], pages: bool, kinds: Sequence[PoolKind]
+    ) -> None:
+        in_use: list[Node] = []
         useless: list[StoredSnapshot] = []
-        while pool.num_free < target and pool.num_idle and (stored := self._snapshots.pop()):
-            numbers = blocks_of(stored.snapshot)[POOL_KINDS.index(kind)]
-            if any(map(pool.is_idle, numbers)):
+        while not enough() and idle():
+            # Pages and snapshots are measured alike; of one kind only, there is nothing to compare.
+            leaves = pages and self.pools.attention_pages.num_idle > 0
+            if leaves and (not kinds or self._leaves.lowest() <= self._snapshots.lowest()):
+                self._evict_leaf(in_use)
+            elif (stored := self._snapshots.pop()) is None:
+                break
+            elif any(map(self._has_idle, kinds, repeat(stored))):
                 self._lose(stored)
             else:
                 useless.append(stored)
-        for stored in useless:
-            self._snapshots.push(stored)
-
-    def _evict_pages(self, target: int) -> None:
-        pool = self.pools.attention_pages
-        in_use: list[Node] = []
-        while pool.num_free < target and pool.num_idle:
-            leaf = self._leaves.pop()
-            if leaf is None:
-                # Two requests that computed the same text at once: the later one's pages follow pages of the earlier
-                # one that it does not hold. It will publish them again; the idle pages before them are wanted now.
-                leaf = next(leaf for leaf in in_use if any(pool.is_idle(node.block) for node in leaf.path()))
-                in_use.remove(leaf)
-                self._remove_leaf(leaf)
-            elif leaf.children:
-                continue  # no last page any more; it comes back when it is one again
-            elif pool.is_idle(leaf.block):
-                self._remove_leaf(leaf)
-            else:
-                in_use.append(leaf)
         for leaf in in_use:
             leaf.recency = self._usefulness.now
             self._leaves.push(leaf)
+        for stored in useless:
+            self._snapshots.push(stored)
+
+    def _has_idle(self, kind: PoolKind, stored: StoredSnapshot) -> bool:
+        return any(map(self.pools.by_kind(kind).is_idle, blocks_of(stored.snapshot)[POOL_KINDS.index(kind)]))
+
+    def _evict_leaf(self, in_use: list[Node]) -> None:
+        """Evict the last page that saves the least, or find that it is in use."""
+        pool = self.pools.attention_pages
+        leaf = self._leaves.pop()
+        if leaf is None:
+            # Two requests that computed the same text at once: the later one's pages follow pages of the earlier
+            # one that it does not hold. It will publish them again; the idle pages before them are wanted now.
+            leaf = next(leaf for leaf in in_use if any(pool.is_idle(node.block) for node in leaf.path()))
+            in_use.remove(leaf)
+            self._remove_leaf(leaf)
+        elif leaf.children:
+            return  # no last page any more; it comes back when it is one again
+        elif pool.is_idle(leaf.block):
+            self._remove_leaf(leaf)
+        else:
+            in_use.append(leaf)
 
     def _remove_leaf(self, leaf: Node) -> None:
         for stored in leaf.snapshots[::]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kvbuffer.cache.plan import RECORD_PAGE_SIZE, MemoryPlan
@@ -13,6 +13,8 @@ from kvbuffer.ops import memory
 from kvbuffer.ops.attention import PAGE_SIZE
 from kvbuffer.ops.layout import RecordPages, StatePool
 from kvbuffer.ops.rule import GATED_DELTANET
+
+logger = logging.getLogger(__name__)
 
 
 class LinearCache(NamedTuple):
@@ -42,7 +44,11 @@ class AttentionCache(NamedTuple):
 def allocate(shape: CacheShape, plan: MemoryPlan) -> list[LinearCache | AttentionCache]:
     """Return the memory of every layer or group, in the order of ``shape.units``.
 
-    It is uninitialised: pages of the operating system are touched only when used.
+    It is uninitialised, and memory is taken from the system when it is written: the pools of a plan may add up to more
+    than there is.
+
+    Raises:
+        OSError, RuntimeError: the system does not let a process reserve that much.
     """
     caches: list[LinearCache | AttentionCache] = []
     for unit in shape.units:
@@ -55,7 +61,7 @@ def allocate(shape: CacheShape, plan: MemoryPlan) -> list[LinearCache | Attentio
         caches.append(
             LinearCache(
                 StatePool.allocate(plan.num_slots, *heads, plan.state_dtype),
-                torch.empty(plan.num_rings, plan.ring_len, linear.conv_dim, dtype=plan.dtype),
+                memory.empty(plan.num_rings, plan.ring_len, linear.conv_dim, dtype=plan.dtype),
                 RecordPages.allocate(
                     GATED_DELTANET,
                     plan.num_record_pages,
@@ -67,3 +73,16 @@ def allocate(shape: CacheShape, plan: MemoryPlan) -> list[LinearCache | Attentio
             )
         )
     return caches
+
+
+def reserve(shape: CacheShape, plan: MemoryPlan) -> tuple[MemoryPlan, list[LinearCache | AttentionCache]]:
+    """Return the memory of a plan, and the plan, with fixed pools if memory cannot move between them."""
+    reason = "it moves between them on Linux only"
+    if memory.ELASTIC:
+        try:
+            return plan, allocate(shape, plan)
+        except (OSError, RuntimeError) as error:
+            reason = f"the system reserves no more than there is ({error}; see vm.overcommit_memory and ulimit -v)"
+    logger.warning("Memory is divided into pools of fixed sizes, which serve fewer requests: %s.", reason)
+    plan = plan.with_fixed_pools()
+    return plan, allocate(shape, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbuffer.cache.plan import MemoryPlan, plan_memory
+from kvbuffer.cache.plan import MemoryPlan, attention_pages, plan_memory
 from kvbuffer.cache.shapes import run_order
 from kvbuffer.cache.store import allocate
 from kvbuffer.cqil.reference import naive_group
@@ -133,10 +134,17 @@ def read_windows(path: Path, tokenizer: Tokenizer, tokens: int, window: int) -> 
 
 def memory_for(model: Decoder, requests: int, tokens: int) -> MemoryPlan:
     """Return a plan with a state and attention pages for each of so many requests of so many tokens."""
-    return plan_memory(
+    plan = plan_memory(
         model.config.cache_shape, budget=1 << 46, max_model_len=tokens, max_num_seqs=requests, buffer_len=1,
-        kv_only_len=0, dtype=model.dtype, state_dtype=torch.float32, record_dtype=torch.float32, prefix_caching=False,
+        kv_only_len=0, dtype=model.dtype, state_dtype=torch.float32, record_dtype=torch.float32,
     )  # fmt: skip
+    return dataclasses.replace(
+        plan,
+        num_slots=requests,
+        num_rings=requests,
+        num_record_pages=requests,
+        num_attention_pages=requests * attention_pages(tokens),
+    )
 
 
 def batch_of(token_ids: Tensor, context: int, plan: MemoryPlan) -> ModelInputs:

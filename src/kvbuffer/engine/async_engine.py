@@ -266,6 +266,8 @@ class AsyncEngine:
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             while self._running:
+                while not self.engine.has_work() and self._inbox.empty() and self.engine.prepare():
+                    pass
                 if not self.engine.has_work():
                     self._inbox.get()()  # sleeps until there is something to do
                 while not self._inbox.empty():

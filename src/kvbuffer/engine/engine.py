@@ -16,7 +16,7 @@ from kvbuffer.cache.disk import DiskTier, fingerprint
 from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.offload import Offload
 from kvbuffer.cache.plan import MemoryPlan, default_budget, plan_memory
-from kvbuffer.cache.store import allocate
+from kvbuffer.cache.store import reserve
 from kvbuffer.cqil.plan import NO_GROUPS, CqilPlan
 from kvbuffer.engine.config import DTYPES, STATE_DTYPES, EngineConfig
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
@@ -50,7 +50,7 @@ class Engine:
         config: the options it was built with.
         model_config: the model's shape.
         tokenizer: the model's tokenizer.
-        plan: how memory is divided.
+        plan: the memory budget and what it serves.
         cqil: which layers are computed at once.
         max_model_len: longest request in tokens, prompt and output.
         eos_token_ids: tokens that end a request unless it ignores them.
@@ -67,6 +67,8 @@ class Engine:
         tokenizer: Tokenizer,
         draft_model: DraftModel | None = None,
     ) -> None:
+        self.cqil = cqil = NO_GROUPS if config.cqil is None else CqilPlan.load(config.cqil)
+        plan, caches = reserve(dataclasses.replace(model_config.cache_shape, groups=cqil.groups), plan)
         self.config, self.model_config, self.plan, self.tokenizer = config, model_config, plan, tokenizer
         self.max_model_len = plan.max_model_len
         generation = _read_generation_config(folder)
@@ -74,14 +76,12 @@ class Engine:
         if generation.get("do_sample") is False:
             self.generation_defaults = {"temperature": 0.0}
         self.eos_token_ids = _eos_token_ids(generation, model_config, tokenizer)
-        self.cqil = cqil = NO_GROUPS if config.cqil is None else CqilPlan.load(config.cqil)
         if config.cqil is not None:
             cqil.check(folder, model_config)
         self._model = Decoder(
             folder, model_config, plan.dtype, plan.max_model_len, config.show_progress, cqil.groups, cqil.bypass
         )
         self._memory = RequestMemory(plan, config.enable_prefix_caching)
-        caches = allocate(dataclasses.replace(model_config.cache_shape, groups=cqil.groups), plan)
         speculative = config.speculative
         self._speculator: Speculator | None = None
         if speculative is not None:
@@ -142,7 +142,6 @@ class Engine:
             dtype=dtype,
             state_dtype=state_dtype,
             record_dtype=record_dtype,
-            prefix_caching=config.enable_prefix_caching,
             num_draft_tokens=config.num_draft_tokens,
         )
         return cls(config, folder, model_config, plan, forms, tokenizer, draft_model)
@@ -151,7 +150,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """The counters and pools as they are now; may be read from any thread."""
         disk = None if self._offload is None else self._offload.tier.stats
-        return read_stats(self._scheduler, self._memory, self._speculator, disk)
+        return read_stats(self._scheduler, self._memory, self._runner.residency, self._speculator, disk)
 
     def add_request(
         self,
@@ -218,6 +217,10 @@ class Engine:
         """Forget what earlier requests left behind; running requests keep what they use."""
         if self._memory.prefixes is not None:
             self._memory.prefixes.clear()
+
+    def prepare(self) -> bool:
+        """Use a moment without work, a few milliseconds, for what later steps need; return whether there is more."""
+        return self._runner.residency.take_ahead()
 
     def close(self) -> None:
         """Save what is cached, if there is a folder for it. The engine cannot be used afterwards."""

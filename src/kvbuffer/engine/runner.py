@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.plan import attention_pages, record_pages
+from kvbuffer.cache.residency import Residency
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.cache.work import do_work
 from kvbuffer.engine.scheduler import Segment
@@ -34,11 +35,12 @@ class Runner:
     def __init__(
         self,
         model: Decoder,
-        caches: list[LinearCache | AttentionCache],
+        caches: Sequence[LinearCache | AttentionCache],
         memory: RequestMemory,
         needs_hidden: bool = False,
     ) -> None:
         self.model, self.caches, self.memory, self.needs_hidden = model, caches, memory, needs_hidden
+        self.residency = Residency(memory.pools, memory.plan, caches)
 
     def do_memory_work(self) -> None:
         """Do the copies and folds that memory has noted."""
@@ -57,6 +59,7 @@ class Runner:
             the final norm; None unless needed.
         """
         self.do_memory_work()
+        self.residency.settle()
         inputs = self._inputs(batch)
         if self.needs_hidden:
             return self.model.forward_with_hidden(inputs, self.caches)

@@ -181,7 +181,7 @@ class Scheduler:
         is_due = bool(request.checkpoints) and request.checkpoints[0] <= computed
         # Other than where the text left an earlier one it is a guess, for which no other prefix is given up.
         at_branch = computed == request.branch
-        if is_due and request.is_prefilling and (at_branch or self.memory.pools.slots.num_free > 1):
+        if is_due and request.is_prefilling and (at_branch or self.memory.pools.room("slots") > 1):
             self.publish(request, "branch" if at_branch else "chunk")
         request.checkpoints = [position for position in request.checkpoints if position > computed]
 
@@ -257,7 +257,7 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         if self._is_being_computed(request):
             return False
-        admission = self.memory.admit(request.token_ids, request.options.cache_salt)
+        admission = self.memory.admit(request.token_ids, request.options.cache_salt, request.max_len)
         if isinstance(admission, str):
             if not self.delays[admission]:
                 logger.info("Requests wait for want of %s; metrics count for how many steps.", admission)
@@ -269,7 +269,7 @@ class Scheduler:
         request.branch = match.branch
         if self.memory.prefixes is not None:
             request.checkpoints = checkpoint_positions(
-                match, len(request.token_ids), self.memory.pools.slots.num_free, chunk=self.max_num_batched_tokens
+                match, len(request.token_ids), self.memory.pools.room("slots"), chunk=self.max_num_batched_tokens
             )
         request.num_prefill_tokens = len(request.token_ids)
         if not request.scheduled_at:

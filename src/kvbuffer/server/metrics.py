@@ -77,19 +77,25 @@ class EngineCollector(Collector):
             for suffix, state, blocks in (
                 ("_in_use", "in use by running requests", pool.used),
                 ("_cached", "held by cached prefixes alone", pool.cached),
-                ("", "there are", pool.total),
+                ("", "there can be", pool.total),
             ):
                 gauge = GaugeMetricFamily(f"kvbuffer:{name}{suffix}", f"{help_text} {state}.", labels=["model_name"])
                 gauge.add_metric(labels, blocks)
                 yield gauge
-        usage = GaugeMetricFamily(
-            "kvbuffer:kv_cache_usage_perc",
-            "Share of the attention pages in use, 0 to 1.",
-            labels=["model_name"],
-        )
-        attention = stats.pools["attention_pages"]
-        usage.add_metric(labels, attention.used / max(1, attention.total))
-        yield usage
+        for name, help_text, number in (
+            ("cache_bytes_in_use", "Bytes of states, records and pages in use by running requests.", stats.memory.used),
+            ("cache_bytes_cached", "Bytes held by cached prefixes alone.", stats.memory.cached),
+            ("cache_bytes", "Bytes that both may take together.", stats.memory.total),
+            ("cache_bytes_resident", "Bytes that the system has given for them.", stats.resident_bytes),
+            (
+                "kv_cache_usage_perc",
+                "Share of the bytes in use by running requests, 0 to 1.",
+                stats.memory.used / max(1, stats.memory.total),
+            ),
+        ):
+            gauge = GaugeMetricFamily(f"kvbuffer:{name}", help_text, labels=["model_name"])
+            gauge.add_metric(labels, number)
+            yield gauge
         delays = CounterMetricFamily(
             "kvbuffer:admission_delays",
             "Steps in which the next request could not start, by the limit that bound.",

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.plan import PROMPT_TAIL, MemoryPlan, plan_memory, typical_request_bytes
 from kvbuffer.cache.shapes import CacheShape
-from kvbuffer.cache.store import allocate
+from kvbuffer.cache.store import reserve
 from kvbuffer.engine.request import Request
 from kvbuffer.engine.runner import Runner
 from kvbuffer.engine.scheduler import Segment
@@ -77,18 +77,18 @@ class DraftModel:
         own, other = (typical_request_bytes(shape, **dtypes_and_lengths) for shape in (self.config.cache_shape, target))
         return dataclasses.replace(self, budget=budget * own // (own + other))
 
-    def plan(self, target: MemoryPlan, prefix_caching: bool) -> MemoryPlan:
-        """Divide its budget as the target's is divided, for requests as long as the target's where they fit.
+    def plan(self, target: MemoryPlan) -> MemoryPlan:
+        """Make the plan of its budget, for requests as long as the target's where they fit.
 
         Raises:
             CapacityError: the budget is too small.
         """
-        longest = self._plan(None, target, prefix_caching)
+        longest = self._plan(None, target)
         if longest.max_model_len <= target.max_model_len:
             return longest
-        return self._plan(target.max_model_len, target, prefix_caching)
+        return self._plan(target.max_model_len, target)
 
-    def _plan(self, max_model_len: int | None, target: MemoryPlan, prefix_caching: bool) -> MemoryPlan:
+    def _plan(self, max_model_len: int | None, target: MemoryPlan) -> MemoryPlan:
         return plan_memory(
             self.config.cache_shape,
             budget=self.budget,
@@ -99,7 +99,6 @@ class DraftModel:
             dtype=target.dtype,
             state_dtype=target.state_dtype,
             record_dtype=target.record_dtype,
-            prefix_caching=prefix_caching,
             # Beside a draft, the buffer holds what has been accepted of the last one.
             num_draft_tokens=2 * target.num_draft_tokens,
         )
@@ -125,14 +124,15 @@ class DraftModelDrafter(Drafter):
 
     Args:
         model: the draft model.
-        plan: how its memory is divided.
+        plan: of its memory.
         prefix_caching: keep the memory of requests that have ended for later ones.
         max_num_batched_tokens: most tokens of one request that it computes at once.
     """
 
     def __init__(self, model: Decoder, plan: MemoryPlan, prefix_caching: bool, max_num_batched_tokens: int) -> None:
+        plan, caches = reserve(model.config.cache_shape, plan)
         self.memory = RequestMemory(plan, prefix_caching)
-        self.runner = Runner(model, allocate(model.config.cache_shape, plan), self.memory)
+        self.runner = Runner(model, caches, self.memory)
         self.max_num_batched_tokens = max_num_batched_tokens
         self._followers: dict[Request, _Follower] = {}
 
@@ -178,7 +178,7 @@ class DraftModelDrafter(Drafter):
             return follower.shadow
         if request.max_len > self.memory.plan.max_model_len:
             return None
-        admission = self.memory.admit(request.token_ids, request.options.cache_salt)
+        admission = self.memory.admit(request.token_ids, request.options.cache_salt, request.max_len)
         if isinstance(admission, str):
             return None
         shadow = dataclasses.replace(

@@ -42,7 +42,7 @@ def make_drafter(
         CapacityError: its share of memory is too small.
     """
     if draft_model is not None:
-        plan = draft_model.plan(memory.plan, options.enable_prefix_caching)
+        plan = draft_model.plan(memory.plan)
         logger.info("Memory of the draft model: %s", plan.describe())
         decoder = Decoder(draft_model.folder, draft_model.config, plan.dtype, plan.max_model_len, options.show_progress)
         return DraftModelDrafter(decoder, plan, options.enable_prefix_caching, options.max_num_batched_tokens)
