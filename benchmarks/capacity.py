@@ -8,10 +8,9 @@ waits for memory or is preempted. The baseline allocates per request what vLLM a
 convolution state of W - 1 rows in the model's dtype, and attention pages for as many tokens as it has in the end,
 without loss.
 
-Each case is planned twice: for a server of up to 32,768 tokens with prefix caching, which divides its memory before it
-knows what will come, and fitted to the case (--max-model-len, --max-num-seqs, prefix caching only where prompts are
-shared). `on paper` is the ratio if every byte went where it is needed at the moment: the baseline's bytes of a request
-over the mean of ours.
+The server is the same for all cases: up to 32,768 tokens, with prefix caching. `on paper` is the ratio if every byte
+went where it is needed at the moment: the baseline's bytes of a request over the mean of ours. Whether the engine
+itself serves what the simulation says is tried on the demo model.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import argparse
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,6 @@ from typing import NamedTuple
 import torch
 
 from bare import bare_request, fixed_forms
-from checkpoints import checkpoint
 from kvbuffer.bench import machine
 from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.plan import MemoryPlan, plan_memory, record_pages
@@ -38,8 +36,8 @@ from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import Request
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.scheduler import Scheduler
-from kvbuffer.errors import CapacityError
 from kvbuffer.models.config import ModelConfig
+from kvbuffer.models.weights import resolve_model
 from kvbuffer.ops.attention import PAGE_SIZE
 from kvbuffer.tokenizer import Tokenizer
 
@@ -97,9 +95,7 @@ CASES = (
 )
 
 
-def make_plan(
-    shape: CacheShape, budget: int, tier: tuple[str, str], max_model_len: int, max_num_seqs: int, prefix_caching: bool
-) -> MemoryPlan:
+def make_plan(shape: CacheShape, budget: int, tier: tuple[str, str], max_num_seqs: int) -> MemoryPlan:
     """A plan beside bfloat16 weights, KV only for as long as records are smaller than a state."""
     state, record = STATE_DTYPES[tier[0]], DTYPES[tier[1]]
     linear = shape.linear
@@ -107,8 +103,9 @@ def make_plan(
     state_bytes = rows * (linear.value_head_dim * state.itemsize + (4 if tier[0] == "int8" else 0))
     record_bytes = (linear.key_dim + linear.value_dim) * record.itemsize + 4 * linear.num_value_heads
     return plan_memory(
-        shape, budget=budget, max_model_len=max_model_len, max_num_seqs=max_num_seqs, buffer_len=BUFFER_LEN,
-        kv_only_len=min(128, state_bytes // record_bytes), dtype=torch.bfloat16, state_dtype=state, record_dtype=record,
+        shape, budget=budget, max_model_len=min(LONGEST, shape.max_position_embeddings), max_num_seqs=max_num_seqs,
+        buffer_len=BUFFER_LEN, kv_only_len=min(128, state_bytes // record_bytes), dtype=torch.bfloat16,
+        state_dtype=state, record_dtype=record,
     )  # fmt: skip
 
 
@@ -150,10 +147,11 @@ class Clients:
         return bare_request(str(self._number), prompt, max_len)
 
 
-def serves(plan: MemoryPlan, case: Case, count: int, prefix_caching: bool) -> int | None:
+def serves(plan: MemoryPlan, case: Case, count: int) -> int | None:
     """Return the most requests that ran at once if ``count`` clients never have to wait for memory; None if they do."""
-    memory = RequestMemory(dataclasses.replace(plan, max_num_seqs=count), prefix_caching)
-    forms = fixed_forms(_LINEAR, BUFFER_LEN, plan.kv_only_len)
+    memory = RequestMemory(dataclasses.replace(plan, max_num_seqs=count))
+    # A fixed policy does not depend on the shape.
+    forms = fixed_forms(LinearShape(1, 1, 128, 128, 4), BUFFER_LEN, plan.kv_only_len)
     scheduler = Scheduler(memory, forms, max_num_batched_tokens=1 << 30)
     clients, most = Clients(case, count), 0
     for step in range(clients.steps):
@@ -163,7 +161,8 @@ def serves(plan: MemoryPlan, case: Case, count: int, prefix_caching: bool) -> in
         most = max(most, len(scheduler.running))
         if scheduler.waiting or scheduler.num_preemptions:
             return None
-        for request in scheduler.commit(batch):
+        for segment in scheduler.commit(batch):
+            request = segment.request
             if request.num_computed_tokens == request.num_prefill_tokens:
                 scheduler.publish(request, "prompt")
             request.token_ids.append(-int(request.request_id))
@@ -173,30 +172,14 @@ def serves(plan: MemoryPlan, case: Case, count: int, prefix_caching: bool) -> in
     return most
 
 
-_LINEAR = next(iter(SHAPES.values())).linear  # a fixed policy does not depend on it
-
-
-def most_clients(case: Case, plan_for: Callable[[int], MemoryPlan], prefix_caching: bool) -> int:
-    """Return the most requests at once, by bisection over the number of clients.
-
-    Args:
-        case: what the clients send.
-        plan_for: the plan of a server for so many clients.
-        prefix_caching: whether it keeps prefixes.
-    """
+def most_clients(case: Case, plan: MemoryPlan) -> int:
+    """Return the most requests at once, by bisection over the number of clients."""
     low, high, best = 0, 2, 0
-
-    def attempt(count: int) -> int | None:
-        try:
-            return serves(plan_for(count * case.copies), case, count * case.copies, prefix_caching)
-        except CapacityError:
-            return None
-
-    while (most := attempt(high)) is not None:
+    while (most := serves(plan, case, high * case.copies)) is not None:
         low, high, best = high, 2 * high, most
     while high - low > max(1, low // 50):
         middle = (low + high) // 2
-        most = attempt(middle)
+        most = serves(plan, case, middle * case.copies)
         if most is None:
             high = middle
         else:
@@ -244,28 +227,18 @@ def our_bytes(shape: CacheShape, plan: MemoryPlan, case: Case) -> dict[str, floa
     }
 
 
-def fitted_plan(shape: CacheShape, budget: int, tier: tuple[str, str], case: Case, count: int) -> MemoryPlan:
-    """The plan of a server that is told what will come."""
-    longest = min(LONGEST, case.longest + (BUFFER_LEN if case.copies > 1 else 0))
-    return make_plan(shape, budget, tier, longest, count, case.copies > 1)
-
-
 def measure(shape: CacheShape, budget: int, case: Case, tier: tuple[str, str]) -> dict:
     """One row of the table."""
     baseline = int(budget / baseline_bytes(shape, case))
-    general = make_plan(shape, budget, tier, LONGEST, 64 * baseline, True)
-    counts = {
-        "general": most_clients(case, lambda _: general, True),
-        "fitted": most_clients(case, lambda count: fitted_plan(shape, budget, tier, case, count), case.copies > 1),
-    }
-    parts = our_bytes(shape, general, case)
+    plan = make_plan(shape, budget, tier, 64 * baseline)
+    count, parts = most_clients(case, plan), our_bytes(shape, plan, case)
     return {
         "case": case.name,
         "states": tier[0],
         "records": tier[1],
         "baseline": baseline,
-        **counts,
-        **{f"{name}_ratio": round(count / baseline, 2) for name, count in counts.items()},
+        "served": count,
+        "ratio": round(count / baseline, 2),
         "on_paper": round(baseline_bytes(shape, case) / sum(parts.values()), 2),
         "mib_per_request": {name: round(value / 2**20, 2) for name, value in parts.items()},
         "baseline_mib_per_request": round(baseline_bytes(shape, case) / 2**20, 2),
@@ -273,62 +246,66 @@ def measure(shape: CacheShape, budget: int, case: Case, tier: tuple[str, str]) -
 
 
 def run_engine(case: Case, tier: tuple[str, str], budget: int) -> dict:
-    """The same with the engine itself on the dense benchmark checkpoint, for the clients found in simulation."""
-    folder = checkpoint("dense")
+    """The same with the engine itself, for the clients found in simulation."""
+    folder = resolve_model("demo")
     model = ModelConfig.from_folder(folder)
-    shape = dataclasses.replace(model.cache_shape, max_position_embeddings=LONGEST)
+    shape = model.cache_shape
     baseline = int(budget / baseline_bytes(shape, case))
-    count = most_clients(case, lambda count: fitted_plan(shape, budget, tier, case, count), False)
-    plan = fitted_plan(shape, budget, tier, case, count)
+    plan = make_plan(shape, budget, tier, 64 * baseline)
+    count = most_clients(case, plan)
     config = EngineConfig(
-        str(folder), dtype="bfloat16", max_num_seqs=count, max_num_batched_tokens=1 << 16, show_progress=False,
-        enable_prefix_caching=False,
-    )  # fmt: skip
+        str(folder), dtype="bfloat16", max_num_seqs=count, max_num_batched_tokens=1 << 16, show_progress=False
+    )
     forms = fixed_forms(shape.linear, BUFFER_LEN, plan.kv_only_len)
-    engine = Engine(config, folder, model, plan, forms, Tokenizer(folder))
+    engine = Engine(config, folder, model, dataclasses.replace(plan, max_num_seqs=count), forms, Tokenizer(folder))
     clients, most, finished = Clients(case, count), 0, 0
     requests: dict[str, Request] = {}
     for step in range(clients.steps):
         for request in clients.arrivals(step):
             requests[request.request_id] = request
             output = request.max_len - request.num_prompt_tokens
-            params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
-            engine.add_request(request.request_id, list(request.token_ids), params)
+            params = SamplingParams(temperature=1.0, max_tokens=output, ignore_eos=True)
+            prompt = [token % model.vocab_size for token in request.token_ids]
+            engine.add_request(request.request_id, prompt, params)
         deltas = engine.step()
         for delta in deltas:
-            requests[delta.request_id].token_ids += delta.token_ids
+            request = requests[delta.request_id]
+            request.token_ids += delta.token_ids
+            request.num_computed_tokens = len(request.token_ids) - 1
         ended = [delta for delta in deltas if delta.finish_reason is not None]
         finished += len(ended)
         # Those that have just finished ran, too.
         most = max(most, engine.stats.num_running + len(ended))
+    engine.check_integrity()
+    stats = engine.stats
     return {
         "case": case.name, "states": tier[0], "records": tier[1], "baseline": baseline, "simulated": count,
-        "ran_at_once": most, "ratio": round(most / baseline, 2), "preemptions": engine.stats.num_preemptions,
-        "finished": finished,
+        "ran_at_once": most, "ratio": round(most / baseline, 2), "preemptions": stats.num_preemptions,
+        "steps_with_requests_waiting": sum(stats.delays.values()), "finished": finished,
+        "resident_mib": round(stats.resident_bytes / 2**20, 1),
     }  # fmt: skip
 
 
 def markdown(result: dict) -> str:
     """The tables."""
-    head = (
-        "| case | states / records | baseline | general plan | fitted plan | on paper "
-        "| state + records + ring + attention, MiB |"
-    )
+    head = "| case | states / records | baseline | served | on paper | state + records + ring + attention, MiB |"
     lines = []
     for name, rows in result["models"].items():
-        lines += [f"### {name}\n", head, "|---|---|---:|---:|---:|---:|---|"]
+        lines += [f"### {name}\n", head, "|---|---|---:|---:|---:|---|"]
         for row in rows:
             parts = " + ".join(f"{value:.1f}" for value in row["mib_per_request"].values())
             lines.append(
                 f"| {row['case']} | {row['states']} / {row['records']} | {row['baseline']} "
-                f"| {row['general']} ({row['general_ratio']:.2f}x) | {row['fitted']} ({row['fitted_ratio']:.2f}x) "
-                f"| {row['on_paper']:.2f}x | {parts} against {row['baseline_mib_per_request']:.1f} |"
+                f"| {row['served']} ({row['ratio']:.2f}x) | {row['on_paper']:.2f}x "
+                f"| {parts} against {row['baseline_mib_per_request']:.1f} |"
             )
         lines.append("")
     for row in result.get("engine", []):
         lines.append(
-            f"Engine, {row['case']}, {row['states']} / {row['records']}: {row['ran_at_once']} requests at once against "
-            f"{row['baseline']} ({row['ratio']:.2f}x), {row['preemptions']} preemptions"
+            f"Demo model, engine, {row['case']}, {row['states']} / {row['records']}: {row['ran_at_once']} requests at "
+            f"once ({row['simulated']} in simulation) against {row['baseline']} ({row['ratio']:.2f}x); "
+            f"{row['finished']} finished, {row['preemptions']} preemptions, {row['steps_with_requests_waiting']} steps with requests "
+            "waiting for memory.\n"
         )
     return "\n".join(lines)
 
@@ -337,7 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gib", type=float, default=16.0, help="budget of the simulated models")
     parser.add_argument("--models", choices=SHAPES, nargs="*", default=list(SHAPES))
-    parser.add_argument("--engine-mib", type=int, default=192, help="budget of the real engine; 0 leaves it out")
+    parser.add_argument("--engine-mib", type=int, default=32, help="budget of the real engine; 0 leaves it out")
     parser.add_argument("--out", type=Path, help="JSON file, to which the models are added; tables go beside it")
     args = parser.parse_args()
     result: dict = {"models": {}}
@@ -354,7 +331,7 @@ def main() -> None:
         result["models"][name] = [measure(SHAPES[name], budget, case, tier) for case in CASES for tier in TIERS]
         print(f"{name} done", flush=True)
     if args.engine_mib:
-        cases = [(CASES[1], TIERS[1]), (CASES[4], TIERS[2])]
+        cases = [(CASES[1], TIERS[1]), (CASES[4], TIERS[2]), (CASES[-1], TIERS[2])]
         result["engine"] = [run_engine(case, tier, args.engine_mib << 20) for case, tier in cases]
     print(markdown(result))
     if args.out:

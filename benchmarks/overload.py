@@ -31,7 +31,7 @@ from rich.table import Table
 
 from kvbuffer.bench import machine
 from overload_load import Outcome, Prompt, ask, closed_loop, make_prompts, open_loop
-from peers import HttpSystem
+from peers import KVBuffer
 
 #: Shares of the whole demand: at four times the sustainable rate, one client alone asks for more than there is, and one
 #: for less than its fair share.
@@ -44,7 +44,7 @@ _MAX_SILENCE_S = 5
 _console = Console(stderr=True)
 
 
-class Server(HttpSystem):
+class Server(KVBuffer):
     """`kvbuffer serve`, in float32 so that answers do not depend on who shares a step."""
 
     def __init__(self, args: argparse.Namespace) -> None:
