@@ -301,11 +301,11 @@ def markdown(result: dict) -> str:
             )
         lines.append("")
     for row in result.get("engine", []):
+        waiting = row["steps_with_requests_waiting"]
         lines.append(
             f"Demo model, engine, {row['case']}, {row['states']} / {row['records']}: {row['ran_at_once']} requests at "
             f"once ({row['simulated']} in simulation) against {row['baseline']} ({row['ratio']:.2f}x); "
-            f"{row['finished']} finished, {row['preemptions']} preemptions, {row['steps_with_requests_waiting']} steps with requests "
-            "waiting for memory.\n"
+            f"{row['finished']} finished, {row['preemptions']} preemptions, {waiting} steps with requests waiting.\n"
         )
     return "\n".join(lines)
 
