@@ -103,7 +103,7 @@ StateDtypeOption = Annotated[
         "--state-dtype",
         "--mamba-ssm-cache-dtype",
         "--mamba-ssm-dtype",
-        help="Type of linear-attention states; auto is float32.",
+        help="Type of linear-attention states; auto is float32. No fp8: int8 is as small and 2 to 4 times as accurate.",
     ),
 ]
 RecordDtype = Annotated[

@@ -224,6 +224,25 @@ class TestShortages:
             if kind == "attention_pages":
                 assert few.stats.num_preemptions > 0
 
+    @pytest.mark.parametrize("form", FORMS[1::2])
+    @pytest.mark.parametrize("room", [1.0, 2.5])
+    def test_of_bytes_change_no_token(self, tiny: Path, cold: Cold, form: tuple[int, int], room: float) -> None:
+        """All kinds share a budget for one longest request, or little more."""
+        plan = engine_with(tiny, form).plan
+        least = plan.block_bytes.of(plan.longest_request)
+        few = engine_with(tiny, form, slots=99, pages=199, tokens=64, pools={"budget": int(room * least)})
+        prompts, outputs = family(400), Outputs()
+        for i, prompt in enumerate(prompts):
+            few.add_request(str(i), prompt, greedy(30))
+            for _ in range(i % 3):
+                step(few, outputs)
+        drain(few, outputs)
+        for i, prompt in enumerate(prompts):
+            cold.check(prompt, outputs.tokens[str(i)], 30)
+        assert all(few._memory.prefixes.counters.evicted.values())
+        assert few.stats.delays["memory"] > 0
+        assert few.stats.resident_bytes <= few.plan.budget
+
     @pytest.mark.parametrize("form", FORMS)
     def test_of_everything_at_once(self, tiny: Path, cold: Cold, form: tuple[int, int]) -> None:
         """Memory for one longest request."""

@@ -72,6 +72,11 @@ class EngineConfig:
     show_progress: bool = True
 
     def __post_init__(self) -> None:
+        if str(self.state_dtype).startswith("fp8"):
+            raise ConfigError(
+                f"state_dtype {self.state_dtype} is not supported: int8 is as small, and its error 2 to 4 times "
+                "smaller (docs/operators.md has the measurements): use int8"
+            )
         for name, dtypes in (("dtype", DTYPES), ("state_dtype", STATE_DTYPES), ("record_dtype", DTYPES)):
             if getattr(self, name) not in ("auto", *dtypes):
                 raise ConfigError(f"{name} must be auto, {' or '.join(dtypes)}, got {getattr(self, name)!r}")
