@@ -65,7 +65,7 @@ SKEWED = Workload("skewed", 1.3)
 
 
 def train_predictor(log: Sequence[str], folder: Path, steps: int, batch: int = 64) -> float:
-    """Train a small Qwen3.5 on a log of instructions, save it with a tokenizer, return the last loss in nats a token."""
+    """Train a small Qwen3.5 on a log of instructions, save it with a tokenizer, return its loss in nats a token."""
     import transformers
     from tests.support.checkpoints import CHAT_TEMPLATE
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
     )
+
+
+def _use_plain_transformers() -> None:
+    """Let transformers, which is an oracle here, compute in PyTorch, also where flash-linear-attention is installed.
+
+    It decides on its kernels when a model's module is imported.
+    """
+    package = sys.modules.get("fla")
+    sys.modules["fla"] = None  # type: ignore[assignment]
+    try:
+        for name in ("qwen3_next", "qwen3_5", "qwen3_5_moe"):
+            importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    finally:
+        del sys.modules["fla"]
+        if package is not None:
+            sys.modules["fla"] = package
+
+
+_use_plain_transformers()
 
 
 def make_checkpoint(
