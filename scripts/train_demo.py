@@ -46,12 +46,10 @@ IGNORE = -100
 Row = tuple[list[int], list[int]]
 
 
-def rows(
-    tokenizer: Tokenizer, sampler: ChatSampler, documents: Tensor, rng: random.Random, plain_share: float = PLAIN_SHARE
-) -> Iterator[Row]:
+def rows(tokenizer: Tokenizer, sampler: ChatSampler, documents: Tensor, rng: random.Random) -> Iterator[Row]:
     """Packed rows of LENGTH + 1 tokens and labels: chats, labelled on the assistant's turns, or plain text."""
     while True:
-        if rng.random() < plain_share:
+        if rng.random() < PLAIN_SHARE:
             start = rng.randrange(len(documents) - LENGTH - 1)
             tokens = documents[start : start + LENGTH + 1].tolist()
             yield tokens, tokens

@@ -9,7 +9,6 @@ Training continues from the last checkpoint in --cache; delete that file to begi
 
 import argparse
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,19 +22,14 @@ from torch import Tensor
 from demo_chats import ChatSampler
 from demo_export import CONFIG, END
 from demo_network import MtpHead, Network
-from train_demo import ADAM_RATE, IGNORE, MUON_RATE, Row, fetch_docs, optimizers, plain_text, rows
+from train_demo import ADAM_RATE, FINAL_DIALOGUE_SHARE, IGNORE, MUON_RATE, fetch_docs, optimizers, plain_text, rows
 
 BATCH = 4
 DEPTH = 3
 """Tokens that are drafted one after the other in training."""
 PLACES = 256
 """Places of a batch, of those that count, whose distributions are compared in a step."""
-STAGES = ((400, 0.06, 0.75), (400, 0.4, 0.3))
-"""Steps, share of plain text among the rows, share of the dialogues among the questions.
-
-First what the model knows by heart, which is easy to foresee, then more of the rest.
-"""
-WARM_UP, DECAY = 20, 0.5
+STEPS, WARM_UP, DECAY = 400, 20, 0.5
 
 
 def losses(network: Network, head: MtpHead, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,20 +104,17 @@ def main() -> None:
         for optim, state in zip(optims, saved["optimizers"], strict=True):
             optim.load_state_dict(state)
         step = saved["step"]
-    plan = [(i, steps, *shares) for steps, *shares in STAGES for i in range(steps)][step:]
+    rng = random.Random(f"mtp {step}")
+    sampler = ChatSampler(docs, rng)
+    sampler.dialogue_share = FINAL_DIALOGUE_SHARE
+    batches = rows(tokenizer, sampler, documents, rng)
     mean = torch.zeros(DEPTH)
-    batches: Iterator[Row] = iter(())
-    for step, (place, steps, plain_share, dialogue_share) in enumerate(track(plan, "Training"), step):  # noqa: B020
-        if place == 0 or place == plan[0][0]:
-            rng = random.Random(f"mtp {step}")
-            sampler = ChatSampler(docs, rng)
-            sampler.dialogue_share = dialogue_share
-            batches = rows(tokenizer, sampler, documents, rng, plain_share)
+    for step in track(range(step, STEPS), "Training"):  # noqa: B020  # continues where it was
         batch = torch.tensor([next(batches) for _ in range(BATCH)])
         loss, agreement = losses(network, head, batch[:, 0], batch[:, 1])
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-        factor = min(1, (place + 1) / WARM_UP, max(0.02, (1 - place / steps) / DECAY))
+        factor = min(1, (step + 1) / WARM_UP, max(0.02, (1 - step / STEPS) / DECAY))
         for optim, rate in zip(optims, (MUON_RATE, ADAM_RATE), strict=True):
             optim.param_groups[0]["lr"] = rate * factor
             optim.step()

@@ -77,8 +77,10 @@ def test_a_request_goes_on_and_others_do_not_matter() -> None:
 
 def test_a_prompt_is_read_as_it_is_computed() -> None:
     suffix, one = drafter(), request([1, 2, 3, 4, 1, 2])
-    suffix.observe([Committed(one, 0, [0, 1, 2])], None)
-    suffix.observe([Committed(one, 3, [0, 1, 2])], None)
+    one.num_prefill_tokens = 6
+    for begin in (0, 3):
+        suffix.observe([Committed(one, begin, [0, 1, 2])], None)
+        assert suffix._texts["r"].own.num_tokens == begin + 3
     assert suffix.propose([one], [2]) == [Draft([3, 4])]
 
 

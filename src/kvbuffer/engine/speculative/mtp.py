@@ -9,7 +9,7 @@ last token of a cached prefix has been computed with the token that followed it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,18 +33,28 @@ class _Waiting:
 
     Attributes:
         begin: place of the first of them.
-        hidden: [n, hidden_size], the model's hidden states after them.
-        last: [1, hidden_size], what the head gave for the token before them.
+        end: place after the last of them.
+        hidden: [n, hidden_size] each, the model's hidden states after them, step by step.
+        last: [1, hidden_size], what the head gave for the token before them; None if it is not known.
     """
 
     begin: int
-    hidden: Tensor
-    last: Tensor
+    end: int
+    hidden: list[Tensor] = field(default_factory=list)
+    last: Tensor | None = None
 
-    @property
-    def end(self) -> int:
-        """Place after the last of them."""
-        return self.begin + len(self.hidden)
+    def add(self, begin: int, hidden: Tensor) -> None:
+        """Append the hidden states of tokens from ``begin`` on; any that are there for these are dropped."""
+        if begin < self.end:
+            self.hidden = [torch.cat(self.hidden)[: begin - self.begin]]
+        self.hidden.append(hidden)
+        self.end = begin + len(hidden)
+
+    def take(self, count: int) -> Tensor:
+        """Take the hidden states of the first ``count`` tokens."""
+        hidden = torch.cat(self.hidden)
+        self.begin, self.hidden = self.begin + count, [hidden[count:]] if count < len(hidden) else []
+        return hidden[:count]
 
 
 class MtpDrafter(Drafter):
@@ -67,7 +77,7 @@ class MtpDrafter(Drafter):
         """Keep the hidden states of decoded tokens; compute prompts, which other requests may share, at once."""
         assert hidden is not None
         for part in committed:
-            self._add(part.request, part.begin, hidden[part.rows])
+            self._add(part.request, part.begin, _rows(hidden, part.rows))
         self._catch_up(
             part.request
             for part in committed
@@ -76,10 +86,10 @@ class MtpDrafter(Drafter):
 
     def _add(self, request: Request, begin: int, hidden: Tensor) -> None:
         waiting = self._waiting.get(request)
-        if waiting is None or not waiting.begin <= begin <= waiting.end:
-            waiting = self._waiting[request] = _Waiting(begin, hidden[:0], hidden[:0])
         # A request that was preempted may compute tokens again.
-        waiting.hidden = torch.cat([waiting.hidden[: begin - waiting.begin], hidden])
+        if waiting is None or not waiting.begin <= begin <= waiting.end:
+            waiting = self._waiting[request] = _Waiting(begin, begin)
+        waiting.add(begin, hidden)
 
     def _num_waiting(self, request: Request) -> int:
         """Return how many tokens can be computed: those whose next token is known."""
@@ -99,10 +109,10 @@ class MtpDrafter(Drafter):
             for request, begin, count in zip(behind, begins, counts, strict=True)
             for token in request.token_ids[begin + 1 : begin + 1 + count]
         ]
-        hidden = torch.cat([each.hidden[:count] for each, count in zip(waiting, counts, strict=True)])
-        out = self._forward(behind, begins, counts, token_ids, hidden)
-        for each, count, computed in zip(waiting, counts, out.split(counts), strict=True):
-            each.begin, each.hidden, each.last = each.begin + count, each.hidden[count:], computed[-1:]
+        hidden = [each.take(count) for each, count in zip(waiting, counts, strict=True)]
+        out = self._forward(behind, begins, counts, token_ids, torch.cat(hidden))
+        for each, computed in zip(waiting, out.split(counts), strict=True):
+            each.last = computed[-1:]
 
     def _forward(
         self,
@@ -137,7 +147,7 @@ class MtpDrafter(Drafter):
         limits = [limit if self._has_pages(r, limit) else 1 for r, limit in zip(requests, limits, strict=True)]
         drafts = [Draft([]) for _ in requests]
         chosen = list(range(len(requests)))
-        out = torch.cat([self._waiting[request].last for request in requests])
+        out = torch.cat([last for request in requests if (last := self._waiting[request].last) is not None])
         while True:
             for i, token in zip(chosen, self.model.lm_head(out).argmax(1).tolist(), strict=True):
                 drafts[i].token_ids.append(token)
@@ -161,3 +171,10 @@ class MtpDrafter(Drafter):
         if publish and request in self._waiting and request.row is not None:
             self._catch_up([request])
         self._waiting.pop(request, None)
+
+
+def _rows(hidden: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return some rows; if they are neighbours, without a copy."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return hidden[rows[0] : rows[-1] + 1]
+    return hidden[list(rows)]

@@ -66,7 +66,8 @@ class SuffixDrafter(Drafter):
     def observe(self, committed: Sequence[Committed], hidden: Tensor | None) -> None:
         """Read prompts as they are computed, not all at once."""
         for part in committed:
-            self._read(part.request, part.begin + len(part.rows))
+            if part.begin < part.request.num_prefill_tokens:
+                self._read(part.request, part.begin + len(part.rows))
 
     def _read(self, request: Request, num_tokens: int) -> _Text:
         text = self._texts.get(request.request_id)
