@@ -169,9 +169,10 @@ def test_lightning_attention_of_transformers(backend: str, rng: Generator) -> No
 
 def flash_linear_attention(operator: str) -> ModuleType:
     """Load the naive reference of an operator by its file: importing its package would need Triton."""
+    pytest.importorskip("einops")
     package = find_spec("fla")
-    assert package is not None
-    assert package.submodule_search_locations is not None
+    if package is None or package.submodule_search_locations is None:
+        pytest.skip("flash-linear-attention is not installed")
     path = Path(package.submodule_search_locations[0], "ops", operator, "naive.py")
     spec = spec_from_file_location(f"fla_naive_{path.parent.name}", path)
     assert spec is not None
