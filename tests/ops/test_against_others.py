@@ -168,7 +168,11 @@ def test_lightning_attention_of_transformers(backend: str, rng: Generator) -> No
 
 
 def flash_linear_attention(operator: str) -> ModuleType:
-    """Load the naive reference of an operator by its file: importing its package would need Triton."""
+    """Load the naive reference of an operator by its file: importing its package would need Triton.
+
+    It is not among the packages that tests install: where it is, transformers runs its Triton kernels, on CPUs too.
+    ``pip install --no-deps --target DIR fla-core==0.6.0 einops`` and DIR on PYTHONPATH are enough for this file.
+    """
     pytest.importorskip("einops")
     package = find_spec("fla")
     if package is None or package.submodule_search_locations is None:
