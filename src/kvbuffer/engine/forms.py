@@ -12,11 +12,13 @@ import torch
 
 from kvbuffer.cache.shapes import LinearShape
 from kvbuffer.ops.calibration import costs_of
-from kvbuffer.ops.cost import BUFFER_LENGTHS, KV_ONLY, Costs, Form, FormKind, LayerShape, choose, step_seconds
+from kvbuffer.ops.cost import BUFFER_LENGTHS, KV_ONLY, Costs, FormKind, LayerShape, choose, step_seconds
 from kvbuffer.ops.rule import GATED_DELTANET
 
 #: The longest buffer that is chosen on its own account: longer ones gain little and hold memory.
 LONGEST_BUFFER = 32
+#: Drafts bring several records at once, and a fold before them is a pass of its own: shorter buffers do not pay.
+_LEAST_VERIFY_BUFFER = 16
 #: The batch for which it is worked out how long a request does best without a state.
 _TYPICAL_BATCH = 8
 
@@ -54,11 +56,7 @@ class FormPolicy:
             form = choose(shape, batch, 0, costs, has_state=True, buffer_lengths=lengths)
             return form.buffer_len if form.kind is FormKind.BUFFERED else 0
 
-        @cache
-        def cheapest_buffer(batch: int) -> int:
-            return min(lengths, key=lambda m: step_seconds(Form(FormKind.BUFFERED, m), shape, batch, 0, costs))
-
-        self._cheapest, self._cheapest_buffer = cheapest, cheapest_buffer
+        self._cheapest = cheapest
         sizes = {1 << n for n in range(largest_batch.bit_length())} | {largest_batch}
         self.longest_buffer = max(1, *(self.fold_len(size) for size in sizes))
         self.kv_only_len = _kv_only_len(shape, costs, lengths) if kv_only_len is None else kv_only_len
@@ -88,10 +86,13 @@ class FormPolicy:
     def fold_len(self, batch: int) -> int:
         """Return how many records a request of such a batch has before they are folded.
 
-        It is :meth:`buffer_len`, unless the plain recurrence is cheaper and drafts are verified nonetheless.
+        It is :meth:`buffer_len`, unless drafts are verified and that is short, or 0 because the plain recurrence is
+        cheaper.
         """
         length = self.buffer_len(batch)
-        return self._cheapest_buffer(_rounded(batch)) if self._speculative and not length else length
+        if not self._speculative or self._fixed is not None:
+            return length
+        return max(length, _LEAST_VERIFY_BUFFER)
 
 
 def _rounded(batch: int) -> int:

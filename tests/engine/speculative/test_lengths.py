@@ -74,11 +74,11 @@ class Simulation:
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
-@pytest.mark.parametrize(("acceptance", "per_token"), [(0.05, 0.5), (0.3, 1.0), (0.0, 0.2), (0.9, 2.0)])
+@pytest.mark.parametrize(("acceptance", "per_token"), [(0.05, 0.5), (0.5, 1.2), (0.0, 0.2), (0.9, 2.0)])
 def test_it_is_never_slower_by_more_than_two_per_cent(batch: int, acceptance: float, per_token: float) -> None:
     """``per_token`` is relative to what a request costs in a plain step: 1 is the worst that a machine can do."""
     simulation = Simulation([acceptance] * batch, plain=0.01, per_token=per_token * 0.01 / batch)
-    assert simulation.speed(skip=100, steps=2000) > 0.98
+    assert simulation.speed(skip=50, steps=1000) > 0.98
 
 
 @pytest.mark.parametrize("batch", [1, 32])

@@ -9,6 +9,7 @@ costs little.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,34 +32,56 @@ _LEAST_GAIN = 1.01
 _TRY_SHARE = 0.01
 #: Where they do pay, a step goes without after so many, so that it is known what that costs.
 _PLAIN_INTERVAL = 64
+#: By how much what a draft token costs may change from one step to the next, relatively.
+_DRIFT = 0.05
+#: Draft tokens of a request while it is not known what they cost.
+_FIRST_LENGTH = 2
 #: A step that took longer than this many times the usual was disturbed by something else.
 _DISTURBED = 2.0
 
 
 @dataclass
 class _StepCost:
-    """Seconds of steps of about the same number of requests: ``plain + per_token * draft tokens``."""
+    """Seconds of steps of about the same number of requests: ``plain + per_token * draft tokens``.
+
+    The second is followed by a scalar Kalman filter: a step says the more about it, the more tokens were drafted in it.
+    """
 
     num_plain: int = 0
     num_drafted: int = 0
     steps_since_plain: int = 0
     plain: float = 0.0
     per_token: float = 0.0
+    _noise: float = 0.0  # variance of the time of plain steps
+    _doubt: float = math.inf  # variance of per_token
 
     def observe(self, num_draft_tokens: int, seconds: float) -> None:
-        if not num_draft_tokens:
-            self.num_plain += 1
-            self.steps_since_plain = 0
-            if self.num_plain > _LEAST_STEPS:
-                seconds = min(seconds, _DISTURBED * self.plain)
-            self.plain += max(_STEP_SHARE, 1 / self.num_plain) * (seconds - self.plain)
+        if num_draft_tokens:
+            self._observe_drafted(num_draft_tokens, seconds)
             return
+        self.num_plain += 1
+        self.steps_since_plain = 0
+        if self.num_plain > _LEAST_STEPS:
+            seconds = min(seconds, _DISTURBED * self.plain)
+        share = max(_STEP_SHARE, 1 / self.num_plain)
+        deviation = seconds - self.plain
+        self.plain += share * deviation
+        if self.num_plain > 1:
+            self._noise += share * (deviation**2 - self._noise)
+
+    def _observe_drafted(self, num_draft_tokens: int, seconds: float) -> None:
         self.num_drafted += 1
         self.steps_since_plain += 1
+        expected = self.plain + self.per_token * num_draft_tokens
         if self.num_drafted > _LEAST_STEPS:
-            seconds = min(seconds, _DISTURBED * (self.plain + self.per_token * num_draft_tokens))
-        measured = max(0.0, seconds - self.plain) / num_draft_tokens
-        self.per_token += max(_STEP_SHARE, 1 / self.num_drafted) * (measured - self.per_token)
+            seconds = min(seconds, _DISTURBED * expected)
+        measured = (seconds - self.plain) / num_draft_tokens
+        self._doubt += (_DRIFT * self.per_token) ** 2
+        # A share of the plain time as well: the cost is not quite proportional to the number of tokens.
+        noise = (self._noise + (_DRIFT * self.plain) ** 2) / num_draft_tokens**2
+        share = 1.0 if math.isinf(self._doubt) else self._doubt / (self._doubt + noise)
+        self.per_token = max(0.0, self.per_token + share * (measured - self.per_token))
+        self._doubt = share * noise
 
 
 @dataclass
@@ -101,6 +124,8 @@ class DraftLengths:
         acceptance = np.array([history.acceptance for history in histories])
         found = np.array([history.found for history in histories])
         lengths: list[int] = self._best_lengths(acceptance, found, cost).tolist()
+        if not cost.num_drafted:
+            return [min(length, _FIRST_LENGTH) for length in lengths]
         # What a try costs, in tokens that could have been generated meanwhile.
         lost = (cost.per_token + self._ask_seconds) * len(requests) / cost.plain
         for i, history in enumerate(histories):

@@ -1,0 +1,293 @@
+"""What speculative decoding brings: throughput with and without it, the operator's time, requests that fit.
+
+    python benchmarks/speculative.py throughput --out benchmarks/results/speculative.json     # quiet machine
+    python benchmarks/speculative.py operator --out benchmarks/results/speculative.json       # quiet machine
+    python benchmarks/speculative.py capacity --out benchmarks/results/speculative.json
+
+**throughput** compares the engine with itself, in one process, rounds with and without drafts in turn, on the dense
+benchmark checkpoint. Its weights are random, so what it says is laid down: every token is sampled as usual, and then
+replaced by the next one of a given text. The drafters see real texts that way, and do or do not find what is repeated
+in them: code with a name replaced, summaries that quote, prose. An oracle, whose guesses are right with a given
+probability each, stands for drafters of any quality. Timed is decoding alone, from when all prompts have been computed.
+
+**operator** times Gated DeltaNet's verification of 8 drafts, folds included, against the plain recurrence over the same
+9 tokens: what a system does that has a state after every token to fall back on. The recurrence rewrites one state in
+place here, which is less than such a system writes.
+
+**capacity** counts how many requests with 4 drafts each run at once in a given memory without ever waiting for it,
+against a system that keeps a state for each draft token beside the request's own (5 float32 states, as vLLM; SGLang
+keeps 6), in the scheduler with the byte sizes of real models and in the engine itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+from typing import Any
+from unittest import mock
+
+import torch
+
+from capacity import LONGEST, SHAPES, Case, baseline_bytes, fitted_plan, make_plan, most_clients, run_engine
+from checkpoints import checkpoint
+from kvbuffer import SamplingParams
+from kvbuffer.bench import machine
+from kvbuffer.bench.forms import recurrent, verify
+from kvbuffer.bench.measure import measure
+from kvbuffer.engine import output
+from kvbuffer.engine.config import STATE_DTYPES, EngineConfig
+from kvbuffer.engine.engine import Engine
+from kvbuffer.engine.request import Request
+from kvbuffer.engine.speculative.drafter import Draft, Drafter
+from kvbuffer.engine.speculative.speculator import SpeculativeStats
+from kvbuffer.ops.calibration import last_level_cache
+from kvbuffer.ops.cost import LayerShape
+from kvbuffer.ops.rule import GATED_DELTANET
+from speculative_texts import TEXTS, Script, scripts
+
+PROMPT_LEN, OUTPUT_LEN, NUM_DRAFTS = 192, 96, 8
+#: So many texts are run one after the other where fewer are to run at once.
+LEAST_TEXTS = 4
+ACCEPTANCE = (0.5, 0.7, 0.9)
+CASES = [*(f"{text}, ngram" for text in TEXTS), *(f"prose, oracle {acceptance}" for acceptance in ACCEPTANCE)]
+#: What tells the rows of a table apart.
+ROW_KEY = ("text", "drafter", "states", "batch")
+OPERATOR_DRAFTS = 8
+CAPACITY_DRAFTS = 4
+CAPACITY_CASES = (
+    Case("1 to 128 tokens", 1, 128),
+    Case("512 tokens", 512, 512),
+    Case("4,096 tokens", 4096, 4096, 1 / 64),
+)
+#: (states, records)
+CAPACITY_TIERS = (("float32", "bfloat16"), ("bfloat16", "bfloat16"))
+
+
+class Oracle(Drafter):
+    """Knows the text, and gets each token right with a given probability."""
+
+    def __init__(self, acceptance: float) -> None:
+        self.acceptance, self.random = acceptance, Random(0)
+
+    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Draft]:
+        """Guess the next tokens."""
+        drafts = []
+        for request, limit in zip(requests, limits, strict=True):
+            done = request.num_output_tokens
+            guesses = SCRIPTS[id(request.sampling)][done : done + limit]
+            drafts.append(Draft([g if self.random.random() < self.acceptance else g ^ 1 for g in guesses]))
+        return drafts
+
+
+#: What each request is going to say, by its sampling state.
+SCRIPTS: dict[int, list[int]] = {}
+_sample_row = output.sample_row
+
+
+def _scripted(logits, state, vocab_size):
+    """Sample as usual, then say what is laid down."""
+    sampled = _sample_row(logits, state, vocab_size)
+    return dataclasses.replace(sampled, token_id=SCRIPTS[id(state)][state.num_output_tokens])
+
+
+def run(engine: Engine, texts: Sequence[Script]) -> float:
+    """Let the texts be said; return tokens per second once all prompts have been computed."""
+    SCRIPTS.clear()
+    for number, (prompt, said) in enumerate(texts):
+        params = SamplingParams(temperature=0.0, max_tokens=len(said), ignore_eos=True)
+        engine.add_request(str(number), prompt, params)
+        SCRIPTS[id(engine._requests[str(number)].sampling)] = said
+    while engine.stats.num_waiting or any(request.is_prefilling for request in engine._scheduler.running):
+        engine.step()
+    began, tokens = time.perf_counter(), 0
+    while engine.has_work():
+        tokens += sum(len(delta.token_ids) for delta in engine.step())
+    return tokens / (time.perf_counter() - began)
+
+
+def run_in_turn(engine: Engine, texts: Sequence[Script], batch: int) -> float:
+    """Run the texts, ``batch`` at a time; return tokens per second."""
+    seconds = [batch * OUTPUT_LEN / run(engine, texts[i : i + batch]) for i in range(0, len(texts), batch)]
+    return len(texts) * OUTPUT_LEN / sum(seconds)
+
+
+def throughput(batches: Sequence[int], chosen: Sequence[str], rounds: int) -> Iterator[dict]:
+    """Yield the rows of the throughput table."""
+    options = {
+        "model": str(checkpoint("dense")), "max_model_len": 512, "max_num_seqs": 32, "memory": 768 << 20,
+        "enable_prefix_caching": False, "show_progress": False,
+    }  # fmt: skip
+    plain = Engine.from_config(EngineConfig(**options))
+    config = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS}
+    drafting = Engine.from_config(EngineConfig(**options, speculative_config=config))
+    speculator = drafting._speculator
+    prompt_lookup = speculator.drafter
+    cases: list[tuple[str, str, Drafter]] = [(kind, "ngram", prompt_lookup) for kind in TEXTS]
+    cases += [("prose", f"oracle {acceptance}", Oracle(acceptance)) for acceptance in ACCEPTANCE]
+    cases = [case for case in cases if f"{case[0]}, {case[1]}" in chosen]
+    for batch in batches:
+        for kind, name, drafter in cases:
+            texts = scripts(kind, max(batch, LEAST_TEXTS), drafting.tokenizer, PROMPT_LEN, OUTPUT_LEN)
+            speculator.drafter = drafter
+            run_in_turn(plain, texts, batch)
+            run_in_turn(
+                drafting, texts, batch
+            )  # what steps cost and what is accepted is known from now on, as in a running server
+            speculator.stats = SpeculativeStats(num_accepted_tokens_per_pos=[0] * NUM_DRAFTS)
+            began = time.perf_counter()
+            speeds = [(run_in_turn(plain, texts, batch), run_in_turn(drafting, texts, batch)) for _ in range(rounds)]
+            stats, seconds = speculator.stats, time.perf_counter() - began
+            yield {
+                    "text": kind, "drafter": name, "batch": batch,
+                    "plain": round(statistics.median(speed for speed, _ in speeds), 1),
+                    "speculative": round(statistics.median(speed for _, speed in speeds), 1),
+                    "ratio": round(statistics.median(fast / slow for slow, fast in speeds), 3),
+                    "ratios": [round(fast / slow, 3) for slow, fast in speeds],
+                    "drafted_per_token": round(stats.num_draft_tokens / (rounds * len(texts) * OUTPUT_LEN), 3),
+                    "accepted_share": round(stats.num_accepted_tokens / max(1, stats.num_draft_tokens), 3),
+                    "mean_accepted_length": round(stats.mean_accepted_length, 2),
+                    "draft_seconds": round(stats.draft_seconds, 4),
+                    "seconds": round(seconds, 2),
+            }  # fmt: skip
+
+
+def operator(batches: Sequence[int], rounds: int) -> Iterator[dict]:
+    """Yield the rows of the operator's table: microseconds of one layer for all requests."""
+    shape = LayerShape(GATED_DELTANET, 16, 32, 128, 128)
+    tiers = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
+    forms = [recurrent(), verify(OPERATOR_DRAFTS, 16)]
+    for batch in batches:
+        measured, _ = measure(shape, tiers, forms, batch, 2 * last_level_cache("cpu"), rounds)
+        seconds = {(row.form, row.state_dtype): row.seconds for row in measured}
+        for state in dict.fromkeys(row.state_dtype for row in measured if row.form == forms[1].name):
+            stored = (1 + OPERATOR_DRAFTS) * seconds[forms[0].name, state]
+            ours = seconds[forms[1].name, state]
+            yield {
+                "batch": batch, "states": state, "stored_states_us": round(1e6 * stored, 1),
+                "verify_us": round(1e6 * ours, 1), "ratio": round(stored / ours, 2),
+            }  # fmt: skip
+
+
+def capacity(budget_gib: float, engine_mib: int) -> dict:
+    """Rows of the capacity table, by model, and of the engine's own run."""
+    budget = int(budget_gib * 2**30)
+    rows = [
+        capacity_row(name, case, tier, budget) for name in SHAPES for case in CAPACITY_CASES for tier in CAPACITY_TIERS
+    ]
+    engine = [
+        run_engine(case, CAPACITY_TIERS[0], engine_mib << 20, Oracle(0.0), CAPACITY_DRAFTS)
+        for case in CAPACITY_CASES[:2]
+    ]
+    return {"budget_gib": budget_gib, "models": rows, "engine_mib": engine_mib, "engine": engine}
+
+
+def capacity_row(name: str, case: Case, tier: tuple[str, str], budget: int) -> dict:
+    """How many requests with drafts run at once, against a state of the same dtype for each draft token."""
+    shape = SHAPES[name]
+    stored = int(budget / baseline_bytes(shape, case, CAPACITY_DRAFTS, STATE_DTYPES[tier[0]].itemsize))
+    general = make_plan(shape, budget, tier, LONGEST, 64 * stored, True, CAPACITY_DRAFTS)
+    counts = {
+        "general": most_clients(case, lambda _: general, True),
+        "fitted": most_clients(case, lambda n: fitted_plan(shape, budget, tier, case, n, CAPACITY_DRAFTS), False),
+    }
+    ratios = {f"{plan}_ratio": round(count / stored, 2) for plan, count in counts.items()}
+    row = {
+        "model": name,
+        "case": case.name,
+        "states": tier[0],
+        "records": tier[1],
+        "stored": stored,
+        **counts,
+        **ratios,
+    }
+    print(row, flush=True)
+    return row
+
+
+def markdown(result: dict) -> str:
+    """The tables."""
+    lines = []
+    if rows := result.get("throughput"):
+        lines += [
+            "| text | drafter | batch | tokens/s without | with | ratio | accepted | tokens per step with a draft |"
+        ]
+        lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
+        for row in rows:
+            lines.append(
+                f"| {row['text']} | {row['drafter']} | {row['batch']} | {row['plain']} | {row['speculative']} "
+                f"| {row['ratio']:.2f} | {row['accepted_share']:.0%} | {row['mean_accepted_length']} |"
+            )
+    if rows := result.get("operator"):
+        lines += ["", "| states | requests | recurrence over 9 tokens, µs | verify 8 drafts, µs | ratio |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for row in rows:
+            times = f"{row['stored_states_us']:,.0f} | {row['verify_us']:,.0f}"
+            lines.append(f"| {row['states']} | {row['batch']} | {times} | {row['ratio']:.2f} |")
+    if found := result.get("capacity"):
+        lines += ["", "| model | requests of | states / records | a state per draft | general plan | fitted plan |"]
+        lines += ["|---|---|---|---:|---:|---:|"]
+        for row in found["models"]:
+            lines.append(
+                f"| {row['model']} | {row['case']} | {row['states']} / {row['records']} | {row['stored']} "
+                f"| {row['general']} ({row['general_ratio']:.2f}x) | {row['fitted']} ({row['fitted_ratio']:.2f}x) |"
+            )
+        lines.append("")
+        for row in found["engine"]:
+            lines.append(
+                f"Engine, {row['case']}: {row['ran_at_once']} requests at once against {row['baseline']} "
+                f"({row['ratio']:.2f}x), {row['preemptions']} preemptions, {row['drafted']} tokens drafted"
+            )
+    return "\n".join(lines)
+
+
+def save(result: dict, part: str, measured: Any, args: argparse.Namespace) -> None:
+    """Put a part into the results, and write them if there is a file."""
+    result[part] = measured
+    result.setdefault("runs", {})[part] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": machine.commit(),
+        "settings": {"rounds": args.rounds, "prompt_len": PROMPT_LEN, "output_len": OUTPUT_LEN, "drafts": NUM_DRAFTS},
+    }
+    result["machine"] = {k: v for k, v in machine.describe().items() if not k.endswith(("_bandwidth", "_peak"))}
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(markdown(result) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=("throughput", "operator", "capacity"))
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--cases", choices=CASES, nargs="*", default=CASES, metavar="CASE", help="'TEXT, DRAFTER'")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--gib", type=float, default=4.0, help="memory of the simulated models")
+    parser.add_argument("--engine-mib", type=int, default=192, help="memory of the engine in the capacity part")
+    parser.add_argument("--out", type=Path, help="JSON file whose rows are replaced; tables go beside it")
+    args = parser.parse_args()
+    result: dict = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    if args.part == "capacity":
+        save(result, "capacity", capacity(args.gib, args.engine_mib), args)
+        return
+    rows = {tuple(row.get(name) for name in ROW_KEY): row for row in result.get(args.part, [])}
+    with mock.patch.object(output, "sample_row", _scripted):
+        found = (
+            throughput(args.batches, args.cases, args.rounds)
+            if args.part == "throughput"
+            else operator(args.batches, args.rounds)
+        )
+        for row in found:
+            print(row, flush=True)
+            rows[tuple(row.get(name) for name in ROW_KEY)] = row
+            # Rows may be measured in runs of their own.
+            save(result, args.part, sorted(rows.values(), key=lambda row: row["batch"]), args)
+
+
+if __name__ == "__main__":
+    main()
