@@ -1,7 +1,6 @@
-"""What speculative decoding brings: throughput with and without it, the operator's time, requests that fit.
+"""What speculative decoding brings: throughput with and without it, and how many requests fit.
 
     python benchmarks/speculative.py throughput --out benchmarks/results/speculative.json     # quiet machine
-    python benchmarks/speculative.py operator --out benchmarks/results/speculative.json       # quiet machine
     python benchmarks/speculative.py capacity --out benchmarks/results/speculative.json
 
 **throughput** compares the engine with itself, in one process, rounds with and without drafts in turn, on the dense
@@ -9,10 +8,6 @@ benchmark checkpoint. Its weights are random, so what it says is laid down: ever
 replaced by the next one of a given text. The drafters see real texts that way, and do or do not find what is repeated
 in them: code with a name replaced, summaries that quote, prose. An oracle, whose guesses are right with a given
 probability each, stands for drafters of any quality. Timed is decoding alone, from when all prompts have been computed.
-
-**operator** times Gated DeltaNet's verification of 8 drafts, folds included, against the plain recurrence over the same
-9 tokens: what a system does that has a state after every token to fall back on. The recurrence rewrites one state in
-place here, which is less than such a system writes.
 
 **capacity** counts how many requests with 4 drafts each run at once in a given memory without ever waiting for it,
 against a system that keeps a state for each draft token beside the request's own (5 float32 states, as vLLM; SGLang
@@ -33,23 +28,16 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-import torch
-
 from capacity import LONGEST, SHAPES, Case, baseline_bytes, fitted_plan, make_plan, most_clients, run_engine
 from checkpoints import checkpoint
 from kvbuffer import SamplingParams
 from kvbuffer.bench import machine
-from kvbuffer.bench.forms import recurrent, verify
-from kvbuffer.bench.measure import measure
 from kvbuffer.engine import output
 from kvbuffer.engine.config import STATE_DTYPES, EngineConfig
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import Request
 from kvbuffer.engine.speculative.drafter import Draft, Drafter
 from kvbuffer.engine.speculative.speculator import SpeculativeStats
-from kvbuffer.ops.calibration import last_level_cache
-from kvbuffer.ops.cost import LayerShape
-from kvbuffer.ops.rule import GATED_DELTANET
 from speculative_texts import TEXTS, Script, scripts
 
 PROMPT_LEN, OUTPUT_LEN, NUM_DRAFTS = 192, 96, 8
@@ -58,8 +46,7 @@ LEAST_TEXTS = 4
 ACCEPTANCE = (0.5, 0.7, 0.9)
 CASES = [*(f"{text}, ngram" for text in TEXTS), *(f"prose, oracle {acceptance}" for acceptance in ACCEPTANCE)]
 #: What tells the rows of a table apart.
-ROW_KEY = ("text", "drafter", "states", "batch")
-OPERATOR_DRAFTS = 8
+ROW_KEY = ("text", "drafter", "batch")
 CAPACITY_DRAFTS = 4
 CAPACITY_CASES = (
     Case("1 to 128 tokens", 1, 128),
@@ -158,23 +145,6 @@ def throughput(batches: Sequence[int], chosen: Sequence[str], rounds: int) -> It
             }  # fmt: skip
 
 
-def operator(batches: Sequence[int], rounds: int) -> Iterator[dict]:
-    """Yield the rows of the operator's table: microseconds of one layer for all requests."""
-    shape = LayerShape(GATED_DELTANET, 16, 32, 128, 128)
-    tiers = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
-    forms = [recurrent(), verify(OPERATOR_DRAFTS, 16)]
-    for batch in batches:
-        measured, _ = measure(shape, tiers, forms, batch, 2 * last_level_cache("cpu"), rounds)
-        seconds = {(row.form, row.state_dtype): row.seconds for row in measured}
-        for state in dict.fromkeys(row.state_dtype for row in measured if row.form == forms[1].name):
-            stored = (1 + OPERATOR_DRAFTS) * seconds[forms[0].name, state]
-            ours = seconds[forms[1].name, state]
-            yield {
-                "batch": batch, "states": state, "stored_states_us": round(1e6 * stored, 1),
-                "verify_us": round(1e6 * ours, 1), "ratio": round(stored / ours, 2),
-            }  # fmt: skip
-
-
 def capacity(budget_gib: float, engine_mib: int) -> dict:
     """Rows of the capacity table, by model, and of the engine's own run."""
     budget = int(budget_gib * 2**30)
@@ -224,12 +194,6 @@ def markdown(result: dict) -> str:
                 f"| {row['text']} | {row['drafter']} | {row['batch']} | {row['plain']} | {row['speculative']} "
                 f"| {row['ratio']:.2f} | {row['accepted_share']:.0%} | {row['mean_accepted_length']} |"
             )
-    if rows := result.get("operator"):
-        lines += ["", "| states | requests | recurrence over 9 tokens, µs | verify 8 drafts, µs | ratio |"]
-        lines += ["|---|---:|---:|---:|---:|"]
-        for row in rows:
-            times = f"{row['stored_states_us']:,.0f} | {row['verify_us']:,.0f}"
-            lines.append(f"| {row['states']} | {row['batch']} | {times} | {row['ratio']:.2f} |")
     if found := result.get("capacity"):
         lines += ["", "| model | requests of | states / records | a state per draft | general plan | fitted plan |"]
         lines += ["|---|---|---|---:|---:|---:|"]
@@ -263,7 +227,7 @@ def save(result: dict, part: str, measured: Any, args: argparse.Namespace) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("throughput", "operator", "capacity"))
+    parser.add_argument("part", choices=("throughput", "capacity"))
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--cases", choices=CASES, nargs="*", default=CASES, metavar="CASE", help="'TEXT, DRAFTER'")
     parser.add_argument("--rounds", type=int, default=2)
@@ -277,11 +241,7 @@ def main() -> None:
         return
     rows = {tuple(row.get(name) for name in ROW_KEY): row for row in result.get(args.part, [])}
     with mock.patch.object(output, "sample_row", _scripted):
-        found = (
-            throughput(args.batches, args.cases, args.rounds)
-            if args.part == "throughput"
-            else operator(args.batches, args.rounds)
-        )
+        found = throughput(args.batches, args.cases, args.rounds)
         for row in found:
             print(row, flush=True)
             rows[tuple(row.get(name) for name in ROW_KEY)] = row

@@ -194,6 +194,10 @@ class Scheduler:
         limits = np.where(self.memory.slot[rows] >= 0, fold_len, self.forms.kv_only_len)
         num_records = len(decoding) + sum(len(draft.token_ids) for draft in drafts.values())
         due = folds_due(self.memory.fill[rows] - limits, fold_len, num_records)
+        left = np.flatnonzero((self.memory.slot[rows] >= 0) & (self.memory.fill[rows] > 0)).tolist()
+        if recurrent and 2 * len(left) < num_states:
+            # The records that verification has left to a few requests are not worth another call in every layer.
+            due |= {i for i in left if decoding[i] not in drafts}
         for i, request in enumerate(decoding):
             segment, draft = None, drafts.get(request, NO_DRAFT)
             while request.row is not None and segment is None:
