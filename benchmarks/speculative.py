@@ -1,17 +1,12 @@
-"""What speculative decoding brings: throughput with and without it, and how many requests fit.
+"""What speculative decoding brings: throughput with and without it.
 
-    python benchmarks/speculative.py throughput --out benchmarks/results/speculative.json     # quiet machine
-    python benchmarks/speculative.py capacity --out benchmarks/results/speculative.json
+    python benchmarks/speculative.py --out benchmarks/results/speculative.json     # on a quiet machine
 
-**throughput** compares the engine with itself, in one process, rounds with and without drafts in turn, on the dense
+The engine is compared with itself, in one process, rounds with and without drafts in turn, on the dense
 benchmark checkpoint. Its weights are random, so what it says is laid down: every token is sampled as usual, and then
 replaced by the next one of a given text. The drafters see real texts that way, and do or do not find what is repeated
 in them: code with a name replaced, summaries that quote, prose. An oracle, whose guesses are right with a given
 probability each, stands for drafters of any quality. Timed is decoding alone, from when all prompts have been computed.
-
-**capacity** counts how many requests with 4 drafts each run at once in a given memory without ever waiting for it,
-against a system that keeps a state for each draft token beside the request's own (5 float32 states, as vLLM; SGLang
-keeps 6), in the scheduler with the byte sizes of real models and in the engine itself.
 """
 
 from __future__ import annotations
@@ -25,15 +20,13 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
-from typing import Any
 from unittest import mock
 
-from capacity import LONGEST, SHAPES, Case, baseline_bytes, fitted_plan, make_plan, most_clients, run_engine
 from checkpoints import checkpoint
 from kvbuffer import SamplingParams
 from kvbuffer.bench import machine
 from kvbuffer.engine import output
-from kvbuffer.engine.config import STATE_DTYPES, EngineConfig
+from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import Request
 from kvbuffer.engine.speculative.drafter import Draft, Drafter
@@ -47,14 +40,6 @@ ACCEPTANCE = (0.5, 0.7, 0.9)
 CASES = [*(f"{text}, ngram" for text in TEXTS), *(f"prose, oracle {acceptance}" for acceptance in ACCEPTANCE)]
 #: What tells the rows of a table apart.
 ROW_KEY = ("text", "drafter", "batch")
-CAPACITY_DRAFTS = 4
-CAPACITY_CASES = (
-    Case("1 to 128 tokens", 1, 128),
-    Case("512 tokens", 512, 512),
-    Case("4,096 tokens", 4096, 4096, 1 / 64),
-)
-#: (states, records)
-CAPACITY_TIERS = (("float32", "bfloat16"), ("bfloat16", "bfloat16"))
 
 
 class Oracle(Drafter):
@@ -145,42 +130,6 @@ def throughput(batches: Sequence[int], chosen: Sequence[str], rounds: int) -> It
             }  # fmt: skip
 
 
-def capacity(budget_gib: float, engine_mib: int) -> dict:
-    """Rows of the capacity table, by model, and of the engine's own run."""
-    budget = int(budget_gib * 2**30)
-    rows = [
-        capacity_row(name, case, tier, budget) for name in SHAPES for case in CAPACITY_CASES for tier in CAPACITY_TIERS
-    ]
-    engine = [
-        run_engine(case, CAPACITY_TIERS[0], engine_mib << 20, Oracle(0.0), CAPACITY_DRAFTS)
-        for case in CAPACITY_CASES[:2]
-    ]
-    return {"budget_gib": budget_gib, "models": rows, "engine_mib": engine_mib, "engine": engine}
-
-
-def capacity_row(name: str, case: Case, tier: tuple[str, str], budget: int) -> dict:
-    """How many requests with drafts run at once, against a state of the same dtype for each draft token."""
-    shape = SHAPES[name]
-    stored = int(budget / baseline_bytes(shape, case, CAPACITY_DRAFTS, STATE_DTYPES[tier[0]].itemsize))
-    general = make_plan(shape, budget, tier, LONGEST, 64 * stored, True, CAPACITY_DRAFTS)
-    counts = {
-        "general": most_clients(case, lambda _: general, True),
-        "fitted": most_clients(case, lambda n: fitted_plan(shape, budget, tier, case, n, CAPACITY_DRAFTS), False),
-    }
-    ratios = {f"{plan}_ratio": round(count / stored, 2) for plan, count in counts.items()}
-    row = {
-        "model": name,
-        "case": case.name,
-        "states": tier[0],
-        "records": tier[1],
-        "stored": stored,
-        **counts,
-        **ratios,
-    }
-    print(row, flush=True)
-    return row
-
-
 def markdown(result: dict) -> str:
     """The tables."""
     lines = []
@@ -194,32 +143,18 @@ def markdown(result: dict) -> str:
                 f"| {row['text']} | {row['drafter']} | {row['batch']} | {row['plain']} | {row['speculative']} "
                 f"| {row['ratio']:.2f} | {row['accepted_share']:.0%} | {row['mean_accepted_length']} |"
             )
-    if found := result.get("capacity"):
-        lines += ["", "| model | requests of | states / records | a state per draft | general plan | fitted plan |"]
-        lines += ["|---|---|---|---:|---:|---:|"]
-        for row in found["models"]:
-            lines.append(
-                f"| {row['model']} | {row['case']} | {row['states']} / {row['records']} | {row['stored']} "
-                f"| {row['general']} ({row['general_ratio']:.2f}x) | {row['fitted']} ({row['fitted_ratio']:.2f}x) |"
-            )
-        lines.append("")
-        for row in found["engine"]:
-            lines.append(
-                f"Engine, {row['case']}: {row['ran_at_once']} requests at once against {row['baseline']} "
-                f"({row['ratio']:.2f}x), {row['preemptions']} preemptions, {row['drafted']} tokens drafted"
-            )
     return "\n".join(lines)
 
 
-def save(result: dict, part: str, measured: Any, args: argparse.Namespace) -> None:
-    """Put a part into the results, and write them if there is a file."""
-    result[part] = measured
-    result.setdefault("runs", {})[part] = {
+def save(result: dict, rows: list[dict], args: argparse.Namespace) -> None:
+    """Put the rows into the results, and write them if there is a file."""
+    result |= {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": machine.commit(),
         "settings": {"rounds": args.rounds, "prompt_len": PROMPT_LEN, "output_len": OUTPUT_LEN, "drafts": NUM_DRAFTS},
+        "machine": {k: v for k, v in machine.describe().items() if not k.endswith(("_bandwidth", "_peak"))},
+        "throughput": rows,
     }
-    result["machine"] = {k: v for k, v in machine.describe().items() if not k.endswith(("_bandwidth", "_peak"))}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(markdown(result) + "\n")
@@ -227,26 +162,19 @@ def save(result: dict, part: str, measured: Any, args: argparse.Namespace) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("throughput", "capacity"))
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--cases", choices=CASES, nargs="*", default=CASES, metavar="CASE", help="'TEXT, DRAFTER'")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--gib", type=float, default=4.0, help="memory of the simulated models")
-    parser.add_argument("--engine-mib", type=int, default=192, help="memory of the engine in the capacity part")
     parser.add_argument("--out", type=Path, help="JSON file whose rows are replaced; tables go beside it")
     args = parser.parse_args()
     result: dict = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    if args.part == "capacity":
-        save(result, "capacity", capacity(args.gib, args.engine_mib), args)
-        return
-    rows = {tuple(row.get(name) for name in ROW_KEY): row for row in result.get(args.part, [])}
+    rows = {tuple(row.get(name) for name in ROW_KEY): row for row in result.get("throughput", [])}
     with mock.patch.object(output, "sample_row", _scripted):
-        found = throughput(args.batches, args.cases, args.rounds)
-        for row in found:
+        for row in throughput(args.batches, args.cases, args.rounds):
             print(row, flush=True)
             rows[tuple(row.get(name) for name in ROW_KEY)] = row
             # Rows may be measured in runs of their own.
-            save(result, args.part, sorted(rows.values(), key=lambda row: row["batch"]), args)
+            save(result, sorted(rows.values(), key=lambda row: row["batch"]), args)
 
 
 if __name__ == "__main__":
