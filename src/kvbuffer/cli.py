@@ -35,6 +35,7 @@ from kvbuffer.cli_options import (
     SpeculativeConfigOption,
     StateDtype,
     StateDtypeOption,
+    TensorParallelSize,
     Threads,
     use_config_file,
 )
@@ -89,6 +90,7 @@ def serve(
     cache_dir: CacheDir = None,
     cache_dir_size: CacheDirSize = defaults.CACHE_DIR_BYTES,
     cqil: CqilFile = None,
+    tensor_parallel_size: TensorParallelSize = 1,
     threads: Threads = None,
     chat_template: Annotated[
         Path | None,
@@ -117,34 +119,41 @@ def serve(
 ) -> None:
     """Serve MODEL over HTTP with OpenAI's API."""
     from kvbuffer.engine.async_engine import AsyncEngine
+    from kvbuffer.engine.config import EngineConfig
+    from kvbuffer.engine.loading import follow_engine
+    from kvbuffer.engine.ranks import is_follower
     from kvbuffer.ops.dispatch import explain
     from kvbuffer.server.app import create_app
     from kvbuffer.server.launch import Server, bind, call_in_thread, raise_open_files_limit
 
+    options: dict[str, Any] = {
+        "model": model,
+        "served_model_name": served_model_name,
+        "dtype": dtype.value,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_queue_len": max_queue_len,
+        "memory": memory,
+        "buffer_len": buffer_len,
+        "kv_only_len": kv_only_len,
+        "state_dtype": state_dtype.value,
+        "record_dtype": record_dtype.value,
+        "enable_prefix_caching": enable_prefix_caching,
+        "speculative_config": speculative_config,
+        "cache_dir": cache_dir,
+        "cache_dir_bytes": cache_dir_size,
+        "cqil": cqil,
+        "tensor_parallel_size": tensor_parallel_size,
+        "threads": threads,
+    }
+    if is_follower():
+        follow_engine(EngineConfig(**options))
+        return
     template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
     listener = bind(host, port)
     raise_open_files_limit()
-    engine = call_in_thread(
-        load_engine,
-        model=model,
-        served_model_name=served_model_name,
-        dtype=dtype.value,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_queue_len=max_queue_len,
-        memory=memory,
-        buffer_len=buffer_len,
-        kv_only_len=kv_only_len,
-        state_dtype=state_dtype.value,
-        record_dtype=record_dtype.value,
-        enable_prefix_caching=enable_prefix_caching,
-        speculative_config=speculative_config,
-        cache_dir=cache_dir,
-        cache_dir_bytes=cache_dir_size,
-        cqil=cqil,
-        threads=threads,
-    )
+    engine = call_in_thread(load_engine, **options)
     print(engine.plan.describe())
     print(explain())
     async_engine = AsyncEngine(engine)

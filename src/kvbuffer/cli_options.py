@@ -160,6 +160,15 @@ CqilFile = Annotated[
     Path | None,
     typer.Option("--cqil", dir_okay=False, help="Plan of the layers to compute at once; see 'kvbuffer cqil plan'."),
 ]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size",
+        "--tp-size",
+        min=1,
+        help="Processes that each hold a part of the model; torchrun starts them.",
+    ),
+]
 PrefixCaching = Annotated[
     bool,
     typer.Option(

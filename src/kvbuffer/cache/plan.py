@@ -294,14 +294,17 @@ def plan_memory(
     return plan
 
 
-def default_budget(weight_bytes: int) -> int:
-    """Return the default cache budget in bytes: half of what is free once ``weight_bytes`` of weights are loaded."""
+def default_budget(weight_bytes: int, processes: int = 1) -> int:
+    """Return the default cache budget in bytes: half of what is free once ``weight_bytes`` of weights are loaded.
+
+    Processes that share the machine get equal parts of it.
+    """
     try:
         with open("/proc/meminfo") as lines:
             available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return max(0, int((available - weight_bytes) * DEFAULT_SHARE))
+    return max(0, int((available - weight_bytes) * DEFAULT_SHARE / processes))
 
 
 def format_size(count: float) -> str:

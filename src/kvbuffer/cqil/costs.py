@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-import torch.nn.functional as F
 
 from kvbuffer.cache.shapes import run_order
 from kvbuffer.cache.store import allocate
@@ -47,7 +46,7 @@ class Steps:
         """Return the seconds that each unit takes, and at last those of embedding and head."""
         model, inputs, x = self._model, self._inputs, None
         clock = [time.perf_counter()]
-        residual = F.embedding(inputs.token_ids, model.embedding).float()
+        residual = model.embed(inputs.token_ids)
         clock.append(time.perf_counter())
         for layer, cache in zip(model.layers, self._caches, strict=True):
             x = layer.forward(x, residual, inputs, cache)

@@ -73,7 +73,7 @@ class TextModel:
             [B * T, hidden] float32.
         """
         model, x = self.model, None
-        residual = F.embedding(self._inputs.token_ids, model.embedding).float()
+        residual = model.embed(self._inputs.token_ids)
         for unit in run_order(model.config.num_layers, groups):
             layers = [model.layers[index] for index in unit]
             caches = [self._caches[index] for index in unit]

@@ -43,6 +43,7 @@ class EngineConfig:
             for not at all.
         cache_dir: folder for cached prefixes that memory has no room for, and for all of them across a restart.
         cache_dir_bytes: most bytes in it.
+        tensor_parallel_size: processes, started by torchrun, that each hold a part of the model; ``memory`` is of each.
         cqil: plan of the layers that are computed at once (see :mod:`kvbuffer.cqil.plan`).
         threads: CPU threads; PyTorch's choice by default.
         show_progress: draw a progress bar while loading.
@@ -67,6 +68,7 @@ class EngineConfig:
     speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None
     cache_dir: Path | None = None
     cache_dir_bytes: int = defaults.CACHE_DIR_BYTES
+    tensor_parallel_size: int = 1
     cqil: Path | None = None
     threads: int | None = None
     show_progress: bool = True
@@ -89,6 +91,7 @@ class EngineConfig:
             "buffer_len": 1,
             "kv_only_len": 0,
             "cache_dir_bytes": 1,
+            "tensor_parallel_size": 1,
             "threads": 1,
         }
         for name, low in bounds.items():
@@ -102,6 +105,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at most 1024, got {getattr(self, name)}")
         if self.speculative_config is not None:
             object.__setattr__(self, "speculative_config", SpeculativeConfig.parse(self.speculative_config))
+        if self.tensor_parallel_size > 1:
+            for name, given in (("cache_dir", self.cache_dir is not None), ("method mtp", self.uses_mtp)):
+                if given:
+                    raise ConfigError(f"{name} works in one process only: leave it out, or tensor_parallel_size")
 
     @property
     def speculative(self) -> SpeculativeConfig | None:

@@ -17,11 +17,12 @@ from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.offload import Offload
 from kvbuffer.cache.plan import MemoryPlan, default_budget, plan_memory
 from kvbuffer.cache.store import reserve
-from kvbuffer.cqil.plan import NO_GROUPS, CqilPlan
 from kvbuffer.engine.config import DTYPES, STATE_DTYPES, EngineConfig
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
 from kvbuffer.engine.forms import FormPolicy
+from kvbuffer.engine.loading import build_model, load_plan
 from kvbuffer.engine.output import Extension, extend_output
+from kvbuffer.engine.ranks import LeadingRunner, ProcessRanks
 from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReason, Request, RequestOptions
 from kvbuffer.engine.runner import Runner
 from kvbuffer.engine.sampling_params import SamplingParams
@@ -33,7 +34,7 @@ from kvbuffer.engine.speculative.speculator import Speculator
 from kvbuffer.engine.stats import EngineStats, read_stats
 from kvbuffer.errors import InvalidRequestError
 from kvbuffer.models.config import ModelConfig
-from kvbuffer.models.decoder import Decoder
+from kvbuffer.models.parallel import shard_config
 from kvbuffer.models.weights import resolve_model
 from kvbuffer.tokenizer import Tokenizer
 
@@ -66,9 +67,14 @@ class Engine:
         forms: FormPolicy,
         tokenizer: Tokenizer,
         draft_model: DraftModel | None = None,
+        ranks: ProcessRanks | None = None,
     ) -> None:
-        self.cqil = cqil = NO_GROUPS if config.cqil is None else CqilPlan.load(config.cqil)
-        plan, caches = reserve(dataclasses.replace(model_config.cache_shape, groups=cqil.groups), plan)
+        self.cqil = cqil = load_plan(config.cqil, folder, model_config)
+        shape = model_config.cache_shape
+        if ranks is not None:
+            # Other ranks do not follow memory from pool to pool.
+            shape, plan = shard_config(model_config, ranks.size).cache_shape, plan.with_fixed_pools()
+        plan, caches = reserve(dataclasses.replace(shape, groups=cqil.groups), plan)
         self.config, self.model_config, self.plan, self.tokenizer = config, model_config, plan, tokenizer
         self.max_model_len = plan.max_model_len
         generation = _read_generation_config(folder)
@@ -76,11 +82,10 @@ class Engine:
         if generation.get("do_sample") is False:
             self.generation_defaults = {"temperature": 0.0}
         self.eos_token_ids = _eos_token_ids(generation, model_config, tokenizer)
-        if config.cqil is not None:
-            cqil.check(folder, model_config)
-        self._model = Decoder(
-            folder, model_config, plan.dtype, plan.max_model_len, config.show_progress, cqil.groups, cqil.bypass
-        )
+        self._ranks = ranks
+        if ranks is not None:
+            ranks.send(plan)
+        self._model = build_model(config, folder, model_config, cqil, plan, ranks)
         self._memory = RequestMemory(plan, config.enable_prefix_caching)
         speculative = config.speculative
         self._speculator: Speculator | None = None
@@ -88,7 +93,10 @@ class Engine:
             drafter = make_drafter(config, speculative, self._model, caches, self._memory, draft_model)
             self._speculator = Speculator(speculative, drafter, config.max_num_batched_tokens)
         needs_hidden = self._speculator is not None and self._speculator.drafter.needs_hidden
-        self._runner = Runner(self._model, caches, self._memory, needs_hidden)
+        if ranks is None:
+            self._runner = Runner(self._model, caches, self._memory, needs_hidden)
+        else:
+            self._runner = LeadingRunner(self._model, caches, self._memory)
         self._offload: Offload | None = None
         if config.cache_dir is not None and self._memory.prefixes is not None:
             tier = DiskTier(config.cache_dir, config.cache_dir_bytes, fingerprint(folder, caches, cqil.identity))
@@ -112,7 +120,11 @@ class Engine:
         dtype = DTYPES.get(config.dtype)
         if dtype is None:
             dtype = torch.float32 if model_config.dtype == torch.float32 else torch.bfloat16
-        shape = model_config.cache_shape
+        ranks, shape = None, model_config.cache_shape
+        if config.tensor_parallel_size > 1:
+            shape = shard_config(model_config, config.tensor_parallel_size).cache_shape
+            load_plan(config.cqil, folder, model_config)  # what is wrong with it is said before others are waited for
+            ranks = ProcessRanks(config.tensor_parallel_size)
         state_dtype = STATE_DTYPES.get(config.state_dtype, torch.float32)
         exact = torch.float32 if state_dtype == torch.float32 else torch.bfloat16
         record_dtype = DTYPES.get(config.record_dtype, exact)
@@ -125,7 +137,7 @@ class Engine:
             draft_model = DraftModel.find(config.speculative.model, model_config, tokenizer)
         folders = [folder] if draft_model is None else [folder, draft_model.folder]
         weight_bytes = sum(path.stat().st_size for each in folders for path in each.glob("*.safetensors"))
-        budget = default_budget(weight_bytes) if config.memory is None else config.memory
+        budget = default_budget(weight_bytes, config.tensor_parallel_size) if config.memory is None else config.memory
         if draft_model is not None:
             draft_model = draft_model.with_share(
                 budget, shape, max_model_len=config.max_model_len, buffer_len=forms.longest_buffer, dtype=dtype,
@@ -144,7 +156,7 @@ class Engine:
             record_dtype=record_dtype,
             num_draft_tokens=config.num_draft_tokens,
         )
-        return cls(config, folder, model_config, plan, forms, tokenizer, draft_model)
+        return cls(config, folder, model_config, plan, forms, tokenizer, draft_model, ranks)
 
     @property
     def stats(self) -> EngineStats:
@@ -223,9 +235,11 @@ class Engine:
         return self._runner.residency.take_ahead()
 
     def close(self) -> None:
-        """Save what is cached, if there is a folder for it. The engine cannot be used afterwards."""
+        """Save what is cached, if there is a folder for it; end other ranks. The engine cannot be used afterwards."""
         if self._offload is not None:
             self._offload.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def has_work(self) -> bool:
         """Return whether a step would do anything."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from kvbuffer.cache.shapes import run_order
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.models import mtp, qwen3_5, qwen3_next
 from kvbuffer.models.config import ModelConfig
-from kvbuffer.models.group import LayerGroup, read_group
+from kvbuffer.models.group import read_group
 from kvbuffer.models.inputs import ModelInputs
 from kvbuffer.models.layers import GatedAttention, GatedDeltaNet, Mlp, RotaryTable, read_mlp, zero_centred
 from kvbuffer.models.weights import WeightReader
@@ -36,6 +36,16 @@ class DecoderLayer(NamedTuple):
         """Map [N, hidden] to [N, hidden]: add ``x`` to ``residual`` in place, return what is still to be added."""
         x = self.mixer.forward(x, residual, inputs, cache)  # type: ignore[arg-type]  # a layer gets its kind of cache
         return self.mlp.forward(x, residual)
+
+
+class Unit(Protocol):
+    """A layer, or a group of layers that are computed at once."""
+
+    def forward(
+        self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: LinearCache | AttentionCache
+    ) -> Tensor:
+        """Map [N, hidden] to [N, hidden]: add ``x`` to ``residual`` in place, return what is still to be added."""
+        ...
 
 
 class Decoder:
@@ -70,27 +80,33 @@ class Decoder:
         self.config, self.dtype = config, dtype
         layout = LAYOUTS[config.layout]
         ignored = layout.IGNORED if config.with_mtp else (*layout.IGNORED, mtp.WEIGHTS)
-        reader = WeightReader(folder, dtype, ignored, show_progress)
+        reader = self._open(folder, ignored, show_progress)
         try:
             prefix = layout.prefix(reader)
             rotary = RotaryTable(config, max_model_len)
             self.embedding = reader.take(f"{prefix}embed_tokens.weight", config.vocab_size, config.hidden_size)
-            self.layers = [
+            self.layers: list[Unit] = [
                 self._unit(reader, f"{prefix}layers.", unit, rotary, bypass)
                 for unit in run_order(config.num_layers, groups)
             ]
             self.norm = zero_centred(reader, f"{prefix}norm.weight", config.hidden_size)
             tied = config.tie_word_embeddings and "lm_head.weight" not in reader
             head = self.embedding if tied else reader.take("lm_head.weight", *self.embedding.shape)
-            self.lm_head = Linear(head)
+            self.lm_head = self._head(head)
             self.mtp = mtp.MtpHead(reader, config, self.embedding, rotary) if config.with_mtp else None
             reader.finish()
         finally:
             reader.close()
 
+    def _open(self, folder: Path, ignored: Sequence[str], show_progress: bool) -> WeightReader:
+        return WeightReader(folder, self.dtype, ignored, show_progress)
+
+    def _head(self, weight: Tensor) -> Linear:
+        return Linear(weight)
+
     def _unit(
         self, reader: WeightReader, layers: str, indices: tuple[int, ...], rotary: RotaryTable, bypass: int
-    ) -> DecoderLayer | LayerGroup:
+    ) -> Unit:
         config, layout = self.config, LAYOUTS[self.config.layout]
         if len(indices) > 1:
             return read_group(reader, layers, indices, config, layout.in_proj, rotary, bypass)
@@ -134,9 +150,13 @@ class Decoder:
         hidden = add_rms_norm(*self._layers(inputs, caches), self.norm, self.config.rms_norm_eps)
         return self.lm_head(hidden[inputs.logits_rows]), hidden
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return the embeddings of tokens [N], [N, hidden] float32."""
+        return F.embedding(token_ids, self.embedding).float()
+
     def _layers(self, inputs: ModelInputs, caches: Sequence[LinearCache | AttentionCache]) -> tuple[Tensor, Tensor]:
         """Return the last layer's output, and the residual stream that it is still to be added to."""
-        residual = F.embedding(inputs.token_ids, self.embedding).float()
+        residual = self.embed(inputs.token_ids)
         x: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=False):
             x = layer.forward(x, residual, inputs, cache)

@@ -199,9 +199,19 @@ class LayerGroup:
         self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: LinearCache | AttentionCache
     ) -> Tensor:
         """Map [N, hidden] to [N, hidden]: add ``x`` to ``residual`` in place, return what the group adds to it."""
-        mixed = torch.stack(self.mixers.forward(x, residual, inputs, cache))  # type: ignore[arg-type]  # their kind of cache
-        seen = torch.addmm(residual.view(1, -1), self.sees, mixed.flatten(1)).view_as(mixed)
-        return self.mlps.forward(seen).add_(mixed.sum(0))
+        mixed = self.mix(x, residual, inputs, cache)
+        return self.after(residual, self.sees, mixed).add_(mixed.sum(0))
+
+    def mix(
+        self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: LinearCache | AttentionCache
+    ) -> Tensor:
+        """Add ``x`` to ``residual`` in place; return the mixers' outputs [p, N, hidden]."""
+        return torch.stack(self.mixers.forward(x, residual, inputs, cache))  # type: ignore[arg-type]  # their kind of cache
+
+    def after(self, residual: Tensor, sees: Tensor, mixed: Tensor) -> Tensor:
+        """Return the sum of the MLPs' outputs [N, hidden] where ``sees`` says which mixers' outputs they see."""
+        seen = torch.addmm(residual.view(1, -1), sees, mixed.flatten(1))
+        return self.mlps.forward(seen.view(-1, *residual.shape))
 
 
 class _GroupNorm:

@@ -140,6 +140,16 @@ class WeightReader:
             return torch.zeros(shape)
         return tensor
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor as it is in the checkpoint; empty if it is not there."""
+        if name not in self._where:
+            return ()
+        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
+
+    def skip(self, prefix: str) -> None:
+        """Take tensors whose names begin so as not needed here."""
+        self._unused = {name for name in self._unused if not name.startswith(prefix)}
+
     def close(self) -> None:
         """Remove the progress bar."""
         self._progress.stop()

@@ -1,0 +1,246 @@
+"""CQIL beside what else makes a model shallower: latency of a decode step, and quality over a text it has not seen.
+
+    python benchmarks/cqil.py quality --model demo --first 1 --out benchmarks/results/cqil-demo.json
+    python benchmarks/cqil.py latency --model demo --first 1 --out benchmarks/results/cqil-demo.json
+    python benchmarks/cqil.py ranks --model deep --out benchmarks/results/cqil-deep.json
+
+Variants: the model as it is; groups of 2, 3 and 4 neighbours of one type with bypasses; layer pairs as in LP
+(arXiv 2502.02790: both MLPs see both mixers); the model without all but the first layer of each group, which takes as
+much time as groups would if their other layers cost nothing. ``latency`` computes groups fused on one device; ``ranks``
+runs two processes of one thread each: layers split (tensor parallelism), and groups placed. Parts are added to the
+file.
+
+Models: a checkpoint, or ``deep``: a Qwen3.5 hybrid of 24 layers and 250 million random weights, for latency only.
+The text is the docstrings of NumPy unless there is another: for the demo model, prose of the kind it was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import socket
+import tempfile
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvbuffer.bench import machine
+from kvbuffer.cache.store import allocate
+from kvbuffer.cqil.costs import Steps, take_turns
+from kvbuffer.cqil.planner import sequences
+from kvbuffer.cqil.text import TextModel, batch_of, memory_for
+from kvbuffer.engine.ranks import ProcessRanks
+from kvbuffer.models.config import ModelConfig
+from kvbuffer.models.decoder import Decoder
+from kvbuffer.models.parallel import ParallelDecoder
+from kvbuffer.models.weights import resolve_model
+from kvbuffer.tokenizer import Tokenizer
+
+Groups = tuple[tuple[int, ...], ...]
+SIZES = (2, 3, 4)
+_DEEP = {
+    "vocab_size": 32768, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 24,
+    "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "linear_num_key_heads": 6,
+    "linear_num_value_heads": 12, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+def deep_model() -> Path:
+    """The checkpoint ``deep``, made at first use."""
+    folder = Path(tempfile.gettempdir()) / "kvbuffer-cqil-deep"
+    if not (folder / "model.safetensors").exists():
+        import transformers
+
+        torch.manual_seed(0)
+        model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**_DEEP))
+        model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def groups_of(config: ModelConfig, size: int, first: int | None) -> Groups:
+    """Neighbours of each type in groups of ``size``, from layer ``first`` (after a third) to the last but one."""
+    layers = sequences(config)
+    if first is not None:
+        layers = [[i for i in sequence if first <= i < config.num_layers - 1] for sequence in sequences(config, True)]
+    return tuple(tuple(sequence[i : i + size]) for sequence in layers for i in range(0, len(sequence) - size + 1, size))
+
+
+def variants(config: ModelConfig, first: int | None) -> list[dict[str, Any]]:
+    """What is measured: a name, groups, the bypass or "all" for LP."""
+    found = []
+    for size in SIZES:
+        if groups := groups_of(config, size, first):
+            bypasses = sorted({0, 1, size - 1})
+            found += [{"name": f"groups of {size}, bypass {d}", "groups": groups, "bypass": d} for d in bypasses]
+    pairs = groups_of(config, 2, first)
+    return [*found, {"name": "pairs as in LP", "groups": pairs, "bypass": "all"}]
+
+
+def load(folder: Path, variant: dict[str, Any] | None = None, max_len: int = 1024) -> Decoder:
+    """The model in its own dtype, with a variant's groups."""
+    config = ModelConfig.from_folder(folder)
+    groups, bypass = (variant["groups"], variant["bypass"]) if variant else ((), 0)
+    model = Decoder(folder, config, config.dtype, max_len, False, groups, 0 if bypass == "all" else bypass)
+    for layer in model.layers if bypass == "all" else ():
+        if hasattr(layer, "sees"):
+            layer.sees.fill_(1.0)
+    return model
+
+
+def numpy_docstrings() -> str:
+    """A text that is the same wherever the same version of NumPy is."""
+    objects = (getattr(np, name) for name in sorted(dir(np)) if not name.startswith("_"))
+    return "\n\n".join(filter(None, (inspect.getdoc(one) for one in objects if callable(one))))
+
+
+def quality(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Loss, divergence and agreement of every variant."""
+    text = args.text.read_text() if args.text else numpy_docstrings()
+    ids = Tokenizer(folder).encode(text)
+    skip = max(0, len(ids) - args.tokens) // 2
+    windows = torch.tensor(ids[skip : skip + args.tokens // args.window * args.window]).view(-1, args.window)
+    model = load(folder, max_len=args.window)
+    own, rows = TextModel(model, windows), []
+    rows.append({"name": "as it is", **own.quality(())._asdict()})
+
+    def hidden(of: Decoder, groups: Groups, kept: list[int] | None = None) -> torch.Tensor:
+        plan = memory_for(of, *windows.shape)
+        caches = allocate(replace(of.config.cache_shape, groups=groups), plan)
+        if kept is not None:
+            caches = [caches[i] for i in kept]
+        return of.forward_with_hidden(batch_of(windows, 0, plan), caches)[1]
+
+    for variant in variants(model.config, args.first):
+        of = load(folder, variant, args.window)
+        rows.append({**variant, **own.compare(hidden(of, variant["groups"]))._asdict()})
+    for size in SIZES:
+        if groups := groups_of(model.config, size, args.first):
+            kept = [i for i in range(model.config.num_layers) if not any(i in group[1:] for group in groups)]
+            shallow = load(folder, max_len=args.window)
+            shallow.layers = [shallow.layers[i] for i in kept]
+            rows.append(
+                {"name": f"only the first of each {size}", "groups": groups,
+                 **own.compare(hidden(shallow, (), kept))._asdict()}
+            )  # fmt: skip
+    return {"tokens": windows.numel(), "window": args.window, "text": str(args.text or f"NumPy {np.__version__}"),
+            "rows": rows}  # fmt: skip
+
+
+def latency(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a decode step, fused on this device."""
+    config, rows = ModelConfig.from_folder(folder), []
+    chosen = [one for one in variants(config, args.first) if one["bypass"] == 1]
+    models = [(load(folder), ()), *((load(folder, variant), variant["groups"]) for variant in chosen)]
+    for batch in args.batch:
+        times = take_turns([Steps(model, groups, batch) for model, groups in models], args.rounds)
+        alone = times[0]
+        names = ["as it is", *(variant["name"].split(",")[0] for variant in chosen)]
+        for name, (_, groups), seconds in zip(names, models, times, strict=True):
+            rows.append({"name": name, "batch": batch, "groups": groups, "ms": 1e3 * sum(seconds)})
+        for variant in chosen:
+            kept = sum(alone) - sum(alone[i] for group in variant["groups"] for i in group[1:])
+            size = len(variant["groups"][0])
+            rows.append({"name": f"only the first of each {size}", "batch": batch, "ms": 1e3 * kept})
+    return {"threads": torch.get_num_threads(), "rows": rows}
+
+
+class Lockstep(ParallelDecoder):
+    """Ranks that all run the same program need not be told what to compute."""
+
+    forward = Decoder.forward  # type: ignore[assignment]
+
+
+def rank_rows(folder: Path, args: argparse.Namespace, ranks: ProcessRanks) -> list[dict[str, Any]]:
+    """Milliseconds of a decode step on two processes."""
+    config = ModelConfig.from_folder(folder)
+    options = [("layers split", (), 0)]
+    options += [(f"groups of {n}, bypass {d}", groups_of(config, n, args.first), d) for n in (2, 4) for d in (0, 1)]
+    models = [
+        (Lockstep(folder, config, config.dtype, 1024, False, groups, bypass, ranks), groups)
+        for _, groups, bypass in options
+    ]
+    rows = []
+    for batch in args.batch:
+        times = take_turns([Steps(model, groups, batch) for model, groups in models], args.rounds)
+        for (name, groups, _), seconds in zip(options, times, strict=True):
+            rows.append({"name": name, "batch": batch, "groups": groups, "ms": 1e3 * sum(seconds)})
+    return rows
+
+
+def ranks_part(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Two ranks of one thread, beside one process of one thread and of two."""
+    rows = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        model = load(folder)
+        for batch in args.batch:
+            seconds = take_turns([Steps(model, (), batch)], args.rounds)[0]
+            rows.append({"name": f"one process, {threads} threads", "batch": batch, "ms": 1e3 * sum(seconds)})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    processes = [context.Process(target=_rank, args=(folder, args, rank, port, answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            raise SystemExit("a rank failed")
+    return {"rows": rows + answers.get()}
+
+
+def _rank(folder: Path, args: argparse.Namespace, rank: int, port: int, answers: Any) -> None:
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    rows = rank_rows(folder, args, ProcessRanks(2))
+    if rank == 0:
+        answers.put(rows)
+
+
+PARTS = {"quality": quality, "latency": latency, "ranks": ranks_part}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--model", default="demo", help="demo, deep, or a checkpoint")
+    parser.add_argument("--first", type=int, help="first layer that is grouped; default: after a third")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    folder = deep_model() if args.model == "deep" else resolve_model(args.model)
+    with machine.ForeignLoad() as others:
+        found = PARTS[args.part](folder, args)
+    found.update(
+        date=datetime.now(UTC).isoformat(timespec="seconds"), commit=machine.commit(), rounds=args.rounds,
+        foreign_load=round(others.fraction, 3),
+    )  # fmt: skip
+    for row in found["rows"]:
+        print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{v}" for k, v in row.items() if k != "groups"))
+    if args.out:
+        result = json.loads(args.out.read_text()) if args.out.exists() else {"model": args.model}
+        result.setdefault("machine", {"cores": len(os.sched_getaffinity(0)), **machine.versions("torch")})
+        result[args.part] = found
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""One rank of an engine, started by torchrun: writes greedy tokens of prompts to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from kvbuffer.engine.config import EngineConfig
+from kvbuffer.engine.engine import Engine
+from kvbuffer.engine.loading import follow_engine
+from kvbuffer.engine.ranks import is_follower
+from kvbuffer.engine.sampling_params import SamplingParams
+from kvbuffer.models.parallel import ParallelDecoder
+
+#: How a rank ends that is to die.
+DEATH = 3
+
+
+def generate(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """The greedy tokens of each prompt."""
+    tokens: dict[str, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        engine.add_request(str(number), prompt, params)
+    while engine.has_work():
+        for delta in engine.step():
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    engine.check_integrity()
+    return [tokens[str(number)] for number in range(len(prompts))]
+
+
+def run(path: Path) -> None:
+    """Do a task: engine, cqil, prompts, max_tokens, out; dies is the rank that ends at the first batch, if any."""
+    torch.set_num_threads(1)
+    task = json.loads(path.read_text())
+    config = EngineConfig(cqil=None if task["cqil"] is None else Path(task["cqil"]), **task["engine"])
+    if task["dies"] == int(os.environ["RANK"]):
+        ParallelDecoder.forward = lambda *_: os._exit(DEATH)  # type: ignore[method-assign]
+    if is_follower():
+        follow_engine(config)
+        return
+    engine = Engine.from_config(config)
+    # The second time from cached prefixes.
+    tokens = [generate(engine, task["prompts"], task["max_tokens"]) for _ in range(2)]
+    engine.close()
+    Path(task["out"]).write_text(json.dumps({"tokens": tokens, "slot_bytes": engine.plan.block_bytes.slot}))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
