@@ -1,4 +1,4 @@
-"""Loads a process's model and memory: all of it, or one rank's part."""
+"""Loads a process's model: all of it, or one rank's part."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ def follow_engine(config: EngineConfig) -> None:
     shard_config(model_config, config.tensor_parallel_size)
     cqil = load_plan(config.cqil, folder, model_config)
     ranks = ProcessRanks(config.tensor_parallel_size)
-    follow(ranks, lambda plan: build_model(config, folder, model_config, cqil, plan, ranks))
+
+    def build(plan: MemoryPlan) -> tuple[Decoder, list[LinearCache | AttentionCache]]:
+        model = build_model(config, folder, model_config, cqil, plan, ranks)
+        return model, allocate(dataclasses.replace(model.config.cache_shape, groups=cqil.groups), plan)
+
+    follow(ranks, build)
 
 
 def load_plan(path: Path | None, folder: Path, model_config: ModelConfig) -> CqilPlan:
@@ -55,13 +60,9 @@ def build_model(
     cqil: CqilPlan,
     plan: MemoryPlan,
     ranks: ProcessRanks | None,
-) -> tuple[Decoder, list[LinearCache | AttentionCache]]:
-    """Return this process's model and memory."""
+) -> Decoder:
+    """Return this process's model."""
     options = (plan.dtype, plan.max_model_len, config.show_progress, cqil.groups, cqil.bypass)
-    model = (
-        Decoder(folder, model_config, *options)
-        if ranks is None
-        else ParallelDecoder(folder, model_config, *options, ranks)
-    )
-    shape = dataclasses.replace(model.config.cache_shape, groups=cqil.groups)
-    return model, allocate(shape, plan)
+    if ranks is None:
+        return Decoder(folder, model_config, *options)
+    return ParallelDecoder(folder, model_config, *options, ranks)
