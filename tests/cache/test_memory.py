@@ -11,8 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from kvbuffer.cache.memory import Copy, Fold, RequestMemory
+from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.plan import MemoryPlan, attention_pages, record_pages
+from kvbuffer.cache.work import Copy, Fold
 from tests.support.plans import sized_plan
 
 

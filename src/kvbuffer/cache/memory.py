@@ -16,6 +16,7 @@ from kvbuffer.cache.pools import MEMORY, POOL_KINDS, Blocks, Counts, PoolKind, P
 from kvbuffer.cache.prefix import PrefixCache, PrefixMatch
 from kvbuffer.cache.prefix_tree import Origin
 from kvbuffer.cache.snapshot import Snapshot
+from kvbuffer.cache.work import Compact, Copy, Fold, Work
 from kvbuffer.ops.attention import PAGE_SIZE
 
 
@@ -29,46 +30,6 @@ class Admission(NamedTuple):
 
     row: int
     match: PrefixMatch
-
-
-class Copy(NamedTuple):
-    """Work on memory: copy a block, in every layer that has blocks of its kind."""
-
-    kind: PoolKind
-    source: int
-    target: int
-
-
-class Fold(NamedTuple):
-    """Work on memory: fold records into the state of a slot (-1: zero), leaving the result in ``target``."""
-
-    slot: int
-    target: int
-    pages: tuple[int, ...]
-    num_records: int
-
-
-class Compact(NamedTuple):
-    """Work on memory: move what is kept of the accepted tokens of a tree to where that of a chain lies.
-
-    Attributes:
-        fill: records before the tree, those of full pages left out.
-        record_pages: from the one in which the tree begins.
-        num_tokens: tokens before the tree.
-        attention_pages: from the one in which the tree begins.
-        ring: the ring.
-        accepted: which of its tokens were accepted, ascending.
-    """
-
-    fill: int
-    record_pages: tuple[int, ...]
-    num_tokens: int
-    attention_pages: tuple[int, ...]
-    ring: int
-    accepted: tuple[int, ...]
-
-
-Work = Copy | Fold | Compact
 
 
 class _Need(NamedTuple):

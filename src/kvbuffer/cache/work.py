@@ -1,19 +1,60 @@
-"""Does the copies, folds and moves that :class:`~kvbuffer.cache.memory.RequestMemory` has noted, over all layers."""
+"""Copies, folds and moves: noted while a step is scheduled, and done over all layers before it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvbuffer.cache.memory import Compact, Copy, Fold, Work
+from kvbuffer.cache.pools import PoolKind
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.cache.transfer import copy_blocks
 from kvbuffer.ops.attention import PAGE_SIZE, compact_pages
 from kvbuffer.ops.buffered import compact_records, fold_records
 from kvbuffer.ops.conv import compact_rings
 from kvbuffer.ops.rule import GATED_DELTANET
+
+
+class Copy(NamedTuple):
+    """Copy a block, in every layer that has blocks of its kind."""
+
+    kind: PoolKind
+    source: int
+    target: int
+
+
+class Fold(NamedTuple):
+    """Fold records into the state of a slot (-1: zero), leaving the result in ``target``."""
+
+    slot: int
+    target: int
+    pages: tuple[int, ...]
+    num_records: int
+
+
+class Compact(NamedTuple):
+    """Move what is kept of the accepted tokens of a tree to where that of a chain lies.
+
+    Attributes:
+        fill: records before the tree, those of full pages left out.
+        record_pages: from the one in which the tree begins.
+        num_tokens: tokens before the tree.
+        attention_pages: from the one in which the tree begins.
+        ring: the ring.
+        accepted: which of its tokens were accepted, ascending.
+    """
+
+    fill: int
+    record_pages: tuple[int, ...]
+    num_tokens: int
+    attention_pages: tuple[int, ...]
+    ring: int
+    accepted: tuple[int, ...]
+
+
+Work = Copy | Fold | Compact
 
 
 def do_work(work: Iterable[Work], caches: Sequence[LinearCache | AttentionCache]) -> None:

@@ -34,6 +34,7 @@ from kvbuffer.models.layers import (
     attention_output,
     expert_weights,
     read_mlp,
+    sigmoid_of_rows,
     swiglu_weights,
     zero_centred,
 )
@@ -158,7 +159,7 @@ class SparseMoeGroup:
         first = torch.arange(len(x), dtype=torch.int32) * moe.num_experts
         expert_ids = expert_ids.view(len(x), -1, moe.top_k) + first.view(-1, 1, 1)
         routed = moe_mlp(normed.flatten(0, 1), expert_ids.flatten(0, 1), weights, self.experts)
-        shared = torch.sigmoid(logits[..., moe.num_experts :]) * _one_each(normed, self.shared)
+        shared = sigmoid_of_rows(logits[..., moe.num_experts :]) * _one_each(normed, self.shared)
         return routed.view_as(x).sum(0).add_(shared.sum(0))
 
 

@@ -239,11 +239,17 @@ class SparseMoe:
         """Map [N, hidden] to [N, hidden]."""
         normed = add_rms_norm(x, residual, self.input_norm, self.eps)
         expert_ids, expert_weights = route(self.router(normed), self.moe.top_k, self.moe.normalize)
-        # 32 times: PyTorch computes the elements behind the last whole pair of vectors by other code, with other bits,
-        # and a row's must not depend on the rows before it.
-        gate = torch.sigmoid(self.shared_gate(normed).repeat(1, 32))[:, :1]
-        shared = gate * self.shared(normed)
+        shared = sigmoid_of_rows(self.shared_gate(normed)) * self.shared(normed)
         return moe_mlp(normed, expert_ids, expert_weights, self.experts).add_(shared)
+
+
+def sigmoid_of_rows(x: Tensor) -> Tensor:
+    """Return the sigmoid of [..., 1], the bits of an element being its own affair.
+
+    PyTorch computes the elements behind a tensor's last whole pair of vectors by other code, with other bits. So each one
+    is computed as a row of vectors.
+    """
+    return torch.sigmoid(x.repeat_interleave(32, -1))[..., :1]
 
 
 def read_mlp(reader: WeightReader, prefix: str, config: ModelConfig, index: int, input_norm: Tensor) -> Mlp:
