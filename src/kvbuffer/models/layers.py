@@ -246,8 +246,8 @@ class SparseMoe:
 def sigmoid_of_rows(x: Tensor) -> Tensor:
     """Return the sigmoid of [..., 1], the bits of an element being its own affair.
 
-    PyTorch computes the elements behind a tensor's last whole pair of vectors by other code, with other bits. So each one
-    is computed as a row of vectors.
+    PyTorch computes the elements behind a tensor's last whole pair of vectors by other code, with other bits. So each
+    one is computed as a row of vectors.
     """
     return torch.sigmoid(x.repeat_interleave(32, -1))[..., :1]
 
