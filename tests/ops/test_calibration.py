@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +27,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(calibration, "_BUDGET_S", 0.0)
     monkeypatch.setattr(calibration, "_LEAST_ROUNDS", 1)
     monkeypatch.setattr(calibration, "last_level_cache", lambda device="cpu": 2**16)
+    monkeypatch.setattr(calibration, "Interference", lambda: others_took(0.0))
     forget()
     return tmp_path / "cache"
+
+
+@contextmanager
+def others_took(fraction: float) -> Iterator[SimpleNamespace]:
+    """Stand in for the measurement of other processes' load."""
+    yield SimpleNamespace(fraction=fraction)
 
 
 def forget() -> None:
@@ -39,6 +49,15 @@ def test_a_second_process_measures_nothing(folder: Path, monkeypatch: pytest.Mon
     forget()
     monkeypatch.setattr(calibration, "typical_times", lambda *_: pytest.fail("measured again"))
     assert costs_of(SHAPE) == first
+
+
+def test_what_was_measured_beside_others_is_used_but_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(calibration, "Interference", lambda: others_took(0.4))
+    assert costs_of(SHAPE).recurrent_call > 0
+    assert not folder.exists()
+    assert "took 40 % of the cores" in caplog.text
 
 
 def test_one_file_holds_every_family_and_pair_of_dtypes(folder: Path) -> None:

@@ -3,13 +3,15 @@
 Every kernel is timed where it will run: on states and records past the last-level cache. How much of the arithmetic
 hides behind memory is then part of what is measured, and need not be guessed. Bandwidth and kernels take turns, and
 each number is a quartile over rounds: what disturbs fewer than three rounds in four is not seen, and a machine that is
-slow for longer slows all of them down alike. A minimum would compare one kernel's luck with another's.
+slow for longer slows all of them down alike. A minimum would compare one kernel's luck with another's. What was
+measured beside other processes that kept the cores busy is used, but not kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import time
@@ -26,8 +28,11 @@ from kvbuffer.ops import memory
 from kvbuffer.ops.buffered import buffered_decode, recurrent_decode
 from kvbuffer.ops.cost import Bandwidth, Costs, LayerShape, Traffic
 from kvbuffer.ops.cpu.build import cache_dir, library
+from kvbuffer.ops.interference import Interference
 from kvbuffer.ops.layout import RecordPages, StatePool, Tokens
 from kvbuffer.ops.rule import Correction, Decay, UpdateRule
+
+logger = logging.getLogger(__name__)
 
 K = TypeVar("K")
 
@@ -39,6 +44,8 @@ _KV_ONLY_FEW, _KV_ONLY_MANY = 16, 64
 _KEY_HEADS, _VALUE_HEADS = 8, 16
 _ROUNDS, _LEAST_ROUNDS, _BUDGET_S = 60, 5, 2.0
 _UNKNOWN_CACHE = 64 * 2**20
+# What others may take of the cores while something is measured that is to be kept.
+_MOST_INTERFERENCE = 0.15
 
 
 def costs_of(shape: LayerShape, device: torch.device | str = "cpu") -> Costs:
@@ -157,7 +164,7 @@ def _costs(rule: UpdateRule, state_dtype: torch.dtype, record_dtype: torch.dtype
 
 
 def _remembered(device: str, threads: int, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Return a measurement from the cache's file, or make it and add it there."""
+    """Return a measurement from the cache's file, or make it and, if it was not disturbed, add it there."""
     path = _path(device, threads)
     try:
         known = json.loads(path.read_text())
@@ -165,8 +172,15 @@ def _remembered(device: str, threads: int, name: str, measure: Callable[[], dict
         known = None
     known = known if isinstance(known, dict) else {}
     if not isinstance(known.get(name), dict):
-        known[name] = measure()
-        _write(path, json.dumps(known, indent=1))
+        with Interference() as others:
+            known[name] = measure()
+        if others.fraction > _MOST_INTERFERENCE:
+            logger.warning(
+                "Other processes took %.0f %% of the cores while the kernels were timed: the form of decoding may be "
+                "chosen badly. They are timed again at the next start.", 100 * others.fraction,
+            )  # fmt: skip
+        else:
+            _write(path, json.dumps(known, indent=1))
     return dict(known[name])
 
 
