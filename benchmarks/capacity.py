@@ -172,13 +172,19 @@ def serves(plan: MemoryPlan, case: Case, count: int) -> int | None:
     return most
 
 
-def most_clients(case: Case, plan: MemoryPlan) -> int:
-    """Return the most requests at once, by bisection over the number of clients."""
-    low, high, best = 0, 2, 0
+def most_clients(case: Case, plan: MemoryPlan, guess: int) -> int:
+    """Return the most requests at once, by bisection over the number of clients, within 2 %.
+
+    Args:
+        case: what the clients send.
+        plan: of the server.
+        guess: about how many requests that might be; where the search begins.
+    """
+    low, high, best = 0, max(1, guess // case.copies), 0
     while (most := serves(plan, case, high * case.copies)) is not None:
-        low, high, best = high, 2 * high, most
-    while high - low > max(1, low // 50):
-        middle = (low + high) // 2
+        low, high, best = high, high + max(1, high // 16), most
+    while high - low > max(1, high // 50):
+        middle = max(low + 1, high - max(1, high // 16)) if not low else (low + high) // 2
         most = serves(plan, case, middle * case.copies)
         if most is None:
             high = middle
@@ -231,7 +237,8 @@ def measure(shape: CacheShape, budget: int, case: Case, tier: tuple[str, str]) -
     """One row of the table."""
     baseline = int(budget / baseline_bytes(shape, case))
     plan = make_plan(shape, budget, tier, 64 * baseline)
-    count, parts = most_clients(case, plan), our_bytes(shape, plan, case)
+    parts = our_bytes(shape, plan, case)
+    count = most_clients(case, plan, int(budget / sum(parts.values())))
     return {
         "case": case.name,
         "states": tier[0],
@@ -252,7 +259,7 @@ def run_engine(case: Case, tier: tuple[str, str], budget: int) -> dict:
     shape = model.cache_shape
     baseline = int(budget / baseline_bytes(shape, case))
     plan = make_plan(shape, budget, tier, 64 * baseline)
-    count = most_clients(case, plan)
+    count = most_clients(case, plan, int(budget / sum(our_bytes(shape, plan, case).values())))
     config = EngineConfig(
         str(folder), dtype="bfloat16", max_num_seqs=count, max_num_batched_tokens=1 << 16, show_progress=False
     )
