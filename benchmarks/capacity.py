@@ -81,8 +81,8 @@ class Case(NamedTuple):
         """Prompt and final length of the next request."""
         final = max(2, rng.randint(self.shortest, self.longest))
         if self.copies > 1:
-            # Ends when the buffer is full: a prompt leaves its last 1 to 16 tokens there.
-            return final, final + BUFFER_LEN - (final - 1) % BUFFER_LEN - 1
+            # Ends when the buffer is full: a prompt leaves its last 1 to 16 tokens there. One token comes out even so.
+            return final, max(final + 1, final + BUFFER_LEN - (final - 1) % BUFFER_LEN - 1)
         return max(1, min(final - 1, round(final * (1 - self.output)))), final
 
 
@@ -335,8 +335,11 @@ def main() -> None:
     }
     for name in args.models:
         budget = int(args.gib * 2**30)
-        result["models"][name] = [measure(SHAPES[name], budget, case, tier) for case in CASES for tier in TIERS]
-        print(f"{name} done", flush=True)
+        result["models"][name] = rows = []
+        for case in CASES:
+            for tier in TIERS:
+                rows.append(measure(SHAPES[name], budget, case, tier))
+                print(json.dumps(rows[-1]), flush=True)
     if args.engine_mib:
         cases = [(CASES[1], TIERS[1]), (CASES[4], TIERS[2]), (CASES[-1], TIERS[2])]
         result["engine"] = [run_engine(case, tier, args.engine_mib << 20) for case, tier in cases]
