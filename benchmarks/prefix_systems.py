@@ -9,11 +9,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from kvbuffer.cache.checkpoints import checkpoint_positions
 from kvbuffer.cache.plan import RING_SLACK, attention_pages, block_bytes
 from kvbuffer.cache.pools import Counts, Pools, blocks_of
-from kvbuffer.cache.prefix import PrefixCache
-from kvbuffer.cache.prefix_tree import Origin
+from kvbuffer.cache.prefix import Origin, PrefixCache, checkpoint_positions
 from kvbuffer.cache.shapes import CacheShape, LinearShape
 from kvbuffer.cache.snapshot import Snapshot
 from kvbuffer.ops.attention import PAGE_SIZE

@@ -6,59 +6,18 @@ import dataclasses
 from typing import ClassVar
 
 import numpy as np
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from kvbuffer.cache.memory import RequestMemory
-from kvbuffer.cache.plan import MemoryPlan, attention_pages, record_pages
+from kvbuffer.cache.plan import record_pages
 from kvbuffer.cache.work import Copy, Fold
-from tests.support.plans import sized_plan
-
-
-def plan(slots: int = 4, pages: int = 20, **options) -> MemoryPlan:
-    return sized_plan(slots, pages, buffer_len=8, kv_only_len=40, **options)
-
-
-def admit(memory: RequestMemory, tokens: list[int]) -> tuple[int, int]:
-    admission = memory.admit(tokens)
-    assert not isinstance(admission, str), admission
-    return admission.row, admission.match.num_tokens
+from tests.support.memories import admit, plan
 
 
 def pages(memory: RequestMemory, row: int, count: int) -> list[int]:
     return memory.attention_table[row, :count].tolist()
-
-
-class TestAdmission:
-    def test_a_short_prompt_takes_no_state(self) -> None:
-        memory = RequestMemory(plan())
-        row, cached = admit(memory, [1] * 40)
-        assert (cached, memory.slot[row], memory.fill[row]) == (0, -1, 0)
-        assert memory.pools.slots.num_used == 0
-        assert memory.pools.record_pages.num_used == record_pages(40)
-        assert memory.pools.attention_pages.num_used == attention_pages(40)
-
-    def test_a_longer_one_takes_a_state_and_room_for_its_last_tokens(self) -> None:
-        memory = RequestMemory(plan())
-        row, _ = admit(memory, [1] * 41)
-        assert memory.slot[row] >= 0
-        assert memory.pools.record_pages.num_used == 1
-        assert memory.work == []
-
-    @pytest.mark.parametrize(
-        ("tokens", "slots", "attention", "short"),
-        [(41, 0, 8, "state slots"), (100, 4, 6, "attention pages"), (1, 4, 0, "attention pages")],
-    )
-    def test_without_memory_nothing_changes(self, tokens: int, slots: int, attention: int, short: str) -> None:
-        memory = RequestMemory(plan(slots=4, pages=8))
-        memory.pools.slots.take(4 - slots)
-        memory.pools.attention_pages.take(8 - attention)
-        before = [pool.num_free for pool in memory.pools[:4]]
-        assert memory.admit([1] * tokens) == short
-        assert [pool.num_free for pool in memory.pools[:4]] == before
-        assert memory.rows.num_used == 0
 
 
 class TestSharing:
@@ -235,12 +194,3 @@ def test_any_order_of_events_keeps_the_books() -> None:
     run_state_machine_as_test(
         RequestMemoryMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
     )
-
-
-@pytest.mark.parametrize("pool", range(4))
-def test_check_integrity_finds_a_lost_block(pool: int) -> None:
-    memory = RequestMemory(plan())
-    admit(memory, [1] * 60)
-    memory.pools[pool].take(1)
-    with pytest.raises(RuntimeError, match="not held by just the requests"):
-        memory.check_integrity()

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kvbuffer import SamplingParams
 from kvbuffer.cache.plan import PROMPT_TAIL, RING_SLACK
-from kvbuffer.cache.prefix_tree import all_pages
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import FinishReason, RequestOptions
 from kvbuffer.models.layers import GatedAttention
@@ -55,11 +54,8 @@ class Covered(NamedTuple):
 def stored(engine: Engine) -> Iterator[Covered]:
     """Go through all snapshots."""
     assert engine._memory.prefixes is not None
-    for root in engine._memory.prefixes._roots.values():
-        for page in all_pages(root):
-            for one in page.snapshots:
-                tokens = [token for node in page.path() for token in node.tokens]
-                yield Covered(tokens, max(1, one.snapshot.start), one.snapshot.end)
+    for tokens, _, _, snapshot in engine._memory.prefixes.snapshots():
+        yield Covered(tokens, max(1, snapshot.start), snapshot.end)
 
 
 def left_by_prompt(engine: Engine, prompt: list[int]) -> Covered:

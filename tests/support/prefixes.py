@@ -1,4 +1,4 @@
-"""A writer of prefixes: takes blocks as a request does, publishes them, and knows what each block holds."""
+"""A prefix cache with a writer, which takes blocks as a request does and knows what each block holds."""
 
 from __future__ import annotations
 
@@ -77,3 +77,36 @@ class Writer:
     def in_use(self) -> list[int]:
         """Blocks in use, by pool."""
         return [self.pools.by_kind(kind).num_used for kind in POOL_KINDS]
+
+
+Evicted = tuple[list[int], str | None, tuple[int, ...], Snapshot]
+
+
+class Bench:
+    """A cache, its writer, its clock, and what eviction reported."""
+
+    def __init__(self, pools: Pools | None = None, **sizes: int) -> None:
+        self.pools, self.now, self.evicted = pools or make_pools(**sizes), 0.0, list[Evicted]()
+        self.cache = PrefixCache(self.pools, on_evict=self.note, clock=lambda: self.now, pin_share=0.5)
+        self.writer = Writer(self.pools, self.cache)
+
+    def note(self, *lost: object) -> None:
+        tokens, _, pages, _ = lost
+        assert self.writer.page_texts[pages[-1]][: len(tokens)] == tokens
+        assert all(self.pools.attention_pages.references(page) for page in pages)
+        self.evicted.append(lost)
+
+    def match(self, text: list[int], salt: str | None = None) -> PrefixMatch:
+        match = self.cache.match(text, salt, len(text))
+        self.writer.check(match, text)
+        self.cache.check_integrity()
+        return match
+
+    def hit(self, text: list[int], salt: str | None = None) -> tuple[int, int]:
+        match = self.match(text, salt)
+        return match.num_tokens, match.branch
+
+
+def other(text: list[int], position: int) -> list[int]:
+    """The same text with another token at ``position``, and others after it."""
+    return [*text[:position], *(token + 1000 for token in text[position:])]

@@ -1,107 +1,50 @@
-"""Where each request's memory lies: its state slot, its record pages, its ring, its attention pages."""
+"""The memory of running requests: taken, grown, folded, shared with cached prefixes, and given back."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from kvbuffer.cache.plan import BUFFER_SLACK, RECORD_PAGE_SIZE, RING_SLACK, MemoryPlan, attention_pages, record_pages
-from kvbuffer.cache.pool import BlockPool
-from kvbuffer.cache.pools import MEMORY, POOL_KINDS, Blocks, Counts, PoolKind, Pools
-from kvbuffer.cache.prefix import PrefixCache, PrefixMatch
-from kvbuffer.cache.prefix_tree import Origin
+from kvbuffer.cache.admission import Admission, Need
+from kvbuffer.cache.allocator import BlockAllocator
+from kvbuffer.cache.plan import RECORD_PAGE_SIZE, RING_SLACK, MemoryPlan, attention_pages, record_pages
+from kvbuffer.cache.pools import MEMORY, Blocks, Counts, PoolKind, Pools
+from kvbuffer.cache.prefix import Origin, PrefixCache, PrefixMatch
 from kvbuffer.cache.snapshot import Snapshot
+from kvbuffer.cache.tables import RequestTables
 from kvbuffer.cache.work import Compact, Copy, Fold, Work
 from kvbuffer.ops.attention import PAGE_SIZE
-
-
-class Admission(NamedTuple):
-    """A request that has got memory.
-
-    Attributes:
-        row: where it is in the tables.
-        match: what was cached of its text.
-    """
-
-    row: int
-    match: PrefixMatch
-
-
-class _Need(NamedTuple):
-    """What a request that is admitted takes: a state now, or room for one later; records in all, pages of its own."""
-
-    slot: bool
-    slot_later: bool
-    records: int
-    record_pages: int
-    attention_pages: int
-
 
 NO_MATCH = PrefixMatch(0, (), None, None, 0, 0)
 
 
-class RequestMemory:
-    """Hands out blocks by the plan and shares them with cached prefixes; tables are ready to be gathered into a batch.
+class RequestMemory(RequestTables):
+    """Hands out blocks by the plan and shares them with cached prefixes.
 
-    Every running request has a row in the tables. Its state covers the tokens that its records do not; without a slot
-    (KV only) the records cover all. What a prefix shares is only read: a fold goes to a new slot, and a page that is
-    shared in part is copied before it is appended to. What has to be done to the memory itself is noted in
-    :attr:`work`, in order, for whoever owns the tensors to do before the next step.
+    What a prefix shares is only read: a fold goes to a new slot, and a page that is shared in part is copied before it
+    is appended to. What has to be done to the memory itself is noted in :attr:`work`, in order, for whoever owns the
+    tensors to do before the next step.
 
     Args:
         plan: the budget and the sizes of the pools.
         prefix_caching: keep the memory of prefixes that requests leave behind.
 
     Attributes:
-        rows: one per running request.
-        pools: the blocks.
         prefixes: what is kept of earlier requests; None without prefix caching.
-        slot: [max_num_seqs] int32, state slots; -1 for none.
-        ring: [max_num_seqs] int32, rings.
-        fill: [max_num_seqs] int32, records in each buffer.
-        record_table: [max_num_seqs, record pages of the longest buffer] int32.
-        attention_table: [max_num_seqs, pages of the longest request] int32.
         work: what is still to be done to the memory itself.
         on_admit: called with a prompt, its salt and how many of its tokens are cached, before a request is admitted;
             says whether it has brought more of them.
     """
 
     def __init__(self, plan: MemoryPlan, prefix_caching: bool = True) -> None:
-        self.plan = plan
-        seqs = plan.max_num_seqs
-        self.rows = BlockPool(seqs, "rows")
-        self.pools = Pools.make(plan.pool_sizes, plan.block_bytes, plan.budget)
-        self.prefixes = PrefixCache(self.pools) if prefix_caching else None
-        self.slot: npt.NDArray[np.int32] = np.full(seqs, -1, np.int32)
-        self.ring: npt.NDArray[np.int32] = np.zeros(seqs, np.int32)
-        self.fill: npt.NDArray[np.int32] = np.zeros(seqs, np.int32)
-        self.record_table: npt.NDArray[np.int32] = np.zeros((seqs, record_pages(plan.max_records)), np.int32)
-        self.attention_table: npt.NDArray[np.int32] = np.zeros((seqs, attention_pages(plan.max_model_len)), np.int32)
+        pools = Pools.make(plan.pool_sizes, plan.block_bytes, plan.budget)
+        self.prefixes = PrefixCache(pools) if prefix_caching else None
+        super().__init__(plan, pools, BlockAllocator(pools, self.prefixes))
         self.work: list[Work] = []
         self.on_admit: Callable[[Sequence[int], str | None, int], bool] | None = None
-        self._num_record_pages = [0] * seqs
-        self._num_attention_pages = [0] * seqs
-        self._needs_slot = [False] * seqs
-
-    def _shortage(self, wanted: Counts) -> str | None:
-        return self.pools.shortage(wanted) if self.prefixes is None else self.prefixes.shortage(wanted)
-
-    def _can_take(self, **counts: int) -> bool:
-        return self._shortage(Counts(**counts)) is None
-
-    def _take(self, kind: PoolKind, count: int) -> list[int]:
-        pool = self.pools.by_kind(kind)
-        if self.prefixes is not None and count > pool.num_free:
-            self.prefixes.evict(kind, count - pool.num_free)
-        missing = count * pool.block_bytes - self.pools.free_bytes
-        if self.prefixes is not None and missing > 0:
-            self.prefixes.evict_bytes(missing)
-        return pool.take(count)
+        self._needs_slot = [False] * plan.max_num_seqs
 
     def admit(self, token_ids: Sequence[int], salt: str | None = None, max_len: int = 0) -> Admission | str:
         """Take memory for a request, reusing the longest cached prefix.
@@ -139,8 +82,8 @@ class RequestMemory:
         row = self.rows.take(1)[0]
         self.slot[row], self.fill[row], self._num_record_pages[row] = -1, 0, 0
         self._needs_slot[row] = need.slot_later
-        (self.ring[row],) = self._take("rings", 1)
-        pages = [*match.attention_pages, *self._take("attention_pages", need.attention_pages)]
+        (self.ring[row],) = self._allocator.take("rings", 1)
+        pages = [*match.attention_pages, *self._allocator.take("attention_pages", need.attention_pages)]
         self.attention_table[row, : len(pages)] = pages
         self._num_attention_pages[row] = len(pages)
         if match.partial_page is not None:
@@ -153,32 +96,18 @@ class RequestMemory:
         self._take_record_pages(row, need.records)
         return Admission(row, match)
 
-    def _need(self, match: PrefixMatch, num_tokens: int, max_len: int) -> _Need:
+    def _need(self, match: PrefixMatch, num_tokens: int, max_len: int) -> Need:
         """Return what a request of so many known tokens takes beside a match."""
-        snapshot, checkpoint = match.snapshot, 0 if match.snapshot is None else match.snapshot.checkpoint
-        fill = match.num_tokens - checkpoint
-        records, kept_pages = num_tokens - checkpoint, fill // RECORD_PAGE_SIZE
-        if snapshot is None or snapshot.slot is None:
-            slot = self.plan.starts_with_state(num_tokens)
-        else:
-            slot = records > self.plan.buffer_len + BUFFER_SLACK
-        if slot:
-            records, kept_pages = min(records, BUFFER_SLACK), 0
+        slot = None if match.snapshot is None else match.snapshot.slot
         # A state that only the cache shares is given up by it when there is no other.
-        owns = snapshot is not None and snapshot.slot is not None and not self._num_holders("slots", snapshot.slot)
-        return _Need(
-            slot=slot,
-            slot_later=not (slot or owns) and max_len - checkpoint > self.plan.max_records,
-            records=records,
-            record_pages=record_pages(records) - kept_pages,
-            attention_pages=attention_pages(num_tokens) - len(match.attention_pages),
-        )
+        owns = slot is not None and not self._allocator.num_holders("slots", slot)
+        return Need.of(self.plan, match, num_tokens, max_len, owns)
 
-    def _shortage_beside(self, match: PrefixMatch, need: _Need) -> str | None:
+    def _shortage_beside(self, match: PrefixMatch, need: Need) -> str | None:
         """Return what there is too little of for a request, the states counted that it and others will need later."""
         slots = need.slot + need.slot_later + sum(self._needs_slot)
         self.pools.share(match.blocks)  # so that they do not count as evictable
-        short = self._shortage(Counts(slots, need.record_pages, 1, need.attention_pages))
+        short = self._allocator.shortage(Counts(slots, need.record_pages, 1, need.attention_pages))
         self.pools.give_back(match.blocks)
         return short
 
@@ -192,19 +121,16 @@ class RequestMemory:
         self.fill[row] = fill
         if fill % RECORD_PAGE_SIZE:
             # The request will append to this page, whose other half may be someone else's.
-            (page,) = self._take("record_pages", 1)
+            (page,) = self._allocator.take("record_pages", 1)
             self.work.append(Copy("record_pages", pages[-1], page))
             self.pools.give_back(Blocks(record_pages=(pages[-1],)))
             pages[-1] = page
         self.record_table[row, :used] = pages
         self._num_record_pages[row] = used
 
-    def take_blocks(self, slots: int, record_pages: int, rings: int, attention_pages: int) -> Blocks | None:
+    def take_blocks(self, counts: Counts) -> Blocks | None:
         """Take blocks for a prefix that comes from elsewhere; None, and nothing changed, if there are too few."""
-        counts = Counts(slots, record_pages, rings, attention_pages)
-        if self._shortage(counts) is not None:
-            return None
-        return Blocks(*(tuple(self._take(kind, count)) for kind, count in zip(POOL_KINDS, counts, strict=True)))
+        return self._allocator.take_all(counts)
 
     def num_cached_tokens(self, token_ids: Sequence[int], salt: str | None) -> int:
         """Return how many tokens of a prompt would not have to be computed."""
@@ -219,30 +145,12 @@ class RequestMemory:
         attention = attention_pages(num_tokens) - self._num_attention_pages[row]
         records = record_pages(num_records) - self._num_record_pages[row]
         attention, records = max(0, attention), max(0, records)
-        if (attention or records) and not self._can_take(attention_pages=attention, record_pages=records):
+        if (attention or records) and not self._allocator.can_take(attention_pages=attention, record_pages=records):
             return False
-        if attention > 0:
-            have = self._num_attention_pages[row]
-            self.attention_table[row, have : have + attention] = self._take("attention_pages", attention)
-            self._num_attention_pages[row] += attention
+        if attention:
+            self._take_attention_pages(row, attention)
         self._take_record_pages(row, num_records)
         return True
-
-    def _take_record_pages(self, row: int, num_records: int) -> None:
-        have, need = self._num_record_pages[row], record_pages(num_records)
-        if need > have:
-            self.record_table[row, have:need] = self._take("record_pages", need - have)
-            self._num_record_pages[row] = need
-
-    def _drop_record_pages(self, row: int, keep: int = 0) -> None:
-        dropped = self.record_table[row, keep : self._num_record_pages[row]].tolist()
-        self.pools.record_pages.give_back(dropped)
-        self._num_record_pages[row] = min(keep, self._num_record_pages[row])
-
-    def folds_in_place(self, row: int) -> bool:
-        """Return whether a decode step may fold a request's records into its own state and go on in its own pages."""
-        slot, first_page = int(self.slot[row]), int(self.record_table[row, 0])
-        return slot >= 0 and self.pools.slots.references(slot) == self.pools.record_pages.references(first_page) == 1
 
     def own_state(self, row: int) -> bool:
         """Fold all of a request's records into a state that no one else holds.
@@ -254,16 +162,16 @@ class RequestMemory:
         pages = tuple(self.record_table[row, : record_pages(fill)].tolist())
         freed = self._num_own_pages(row) if fill else 0
         shared = slot >= 0 and self.pools.slots.references(slot) > 1
-        if shared and self.prefixes is not None and not self._can_take(slots=1, record_pages=-freed):
+        if shared and self.prefixes is not None and not self._allocator.can_take(slots=1, record_pages=-freed):
             self.prefixes.disown(slot)
             shared = self.pools.slots.references(slot) > 1
         target = slot
         if slot < 0 or shared:
-            if not self._can_take(slots=1, record_pages=-freed):
+            if not self._allocator.can_take(slots=1, record_pages=-freed):
                 return False
             if fill:
                 self._drop_record_pages(row)  # the fold that reads them is done before what takes them writes
-            (target,) = self._take("slots", 1)
+            (target,) = self._allocator.take("slots", 1)
         if fill or (slot >= 0 and target != slot):
             self.work.append(Fold(slot, target, pages, fill))
         if slot >= 0 and target != slot:
@@ -272,15 +180,6 @@ class RequestMemory:
         if fill:  # empty pages were taken in advance, for the end of a prompt
             self._drop_record_pages(row)
         return True
-
-    def _num_holders(self, kind: PoolKind, block: int) -> int:
-        pool = self.pools.by_kind(kind)
-        return pool.references(block) - pool.kept(block)
-
-    def _num_own_pages(self, row: int) -> int:
-        """Return how many record pages of a request no other holds."""
-        pages = self.record_table[row, : self._num_record_pages[row]].tolist()
-        return sum(self._num_holders("record_pages", page) == 1 for page in pages)
 
     def _fold_longest(self, short: str) -> bool:
         """Give a state to the request with the most records that decodes without one, to have its pages back.
@@ -321,9 +220,7 @@ class RequestMemory:
         self.fill[row] += len(accepted)
         num_tokens += len(accepted)
         self._drop_record_pages(row, keep=record_pages(int(self.fill[row])))
-        keep, have = attention_pages(num_tokens), self._num_attention_pages[row]
-        self.pools.attention_pages.give_back(self.attention_table[row, keep:have].tolist())
-        self._num_attention_pages[row] = keep
+        self._drop_attention_pages(row, keep=attention_pages(num_tokens))
 
     def _compact(self, row: int, num_tokens: int, accepted: tuple[int, ...]) -> Compact:
         fill = int(self.fill[row])
@@ -350,12 +247,12 @@ class RequestMemory:
             origin: where in the request's life; after its ``"output"`` it releases its memory.
         """
         ends = origin == "output"  # the ring need not be copied
-        if self.prefixes is None or not len(token_ids) or not (ends or self._can_take(rings=1)):
+        if self.prefixes is None or not len(token_ids) or not (ends or self._allocator.can_take(rings=1)):
             return
         end, fill, slot = len(token_ids), int(self.fill[row]), int(self.slot[row])
         ring = int(self.ring[row])
         if not ends:
-            (copy,) = self._take("rings", 1)
+            (copy,) = self._allocator.take("rings", 1)
             self.work.append(Copy("rings", ring, copy))
             ring = copy
         # Taps reach back to inputs that the ring must still hold, unless it holds all there are.
@@ -381,45 +278,15 @@ class RequestMemory:
 
     def release(self, row: int) -> None:
         """Free everything that a request holds; what has been published stays."""
-        self.pools.give_back(self._blocks(row))
-        self.slot[row], self.fill[row], self._needs_slot[row] = -1, 0, False
-        self._num_attention_pages[row] = self._num_record_pages[row] = 0
-        self.rows.give_back([row])
-
-    def _blocks(self, row: int) -> Blocks:
-        slot = int(self.slot[row])
-        return Blocks(
-            slots=() if slot < 0 else (slot,),
-            record_pages=tuple(self.record_table[row, : self._num_record_pages[row]].tolist()),
-            rings=(int(self.ring[row]),),
-            attention_pages=tuple(self.attention_table[row, : self._num_attention_pages[row]].tolist()),
-        )
+        super().release(row)
+        self._needs_slot[row] = False
 
     def num_in_use(self, kind: PoolKind) -> int:
         """Return how many blocks of a kind requests hold; a block that prefixes or pins hold alone is not in use."""
-        pool = self.pools.by_kind(kind)
-        used = pool.num_used - pool.num_idle
-        if self.prefixes is not None:
-            pins = self.prefixes.pinned(kind).copy()
-            used -= sum(self._num_holders(kind, block) == count for block, count in pins.items())
-        return used
+        return self._allocator.num_in_use(kind)
 
     def check_integrity(self) -> None:
-        """Check that no block is lost, and that every one is held by just the requests and prefixes that name it.
-
-        Raises:
-            RuntimeError: the books do not balance.
-        """
-        self.rows.check_integrity()
+        """Check what :meth:`RequestTables.check_integrity` does, and the prefix cache."""
         if self.prefixes is not None:
             self.prefixes.check_integrity()
-        held = [self._blocks(row) for row in range(self.rows.size) if self.rows.references(row)]
-        for index, kind in enumerate(POOL_KINDS):
-            pool = self.pools.by_kind(kind)
-            pool.check_integrity()
-            counts = Counter(block for blocks in held for block in blocks[index])
-            if self.prefixes is not None:
-                counts.update(self.prefixes.pinned(kind))
-            for block in range(pool.num_taken):
-                if self._num_holders(kind, block) != counts[block]:
-                    raise RuntimeError(f"{pool.name} {block} is not held by just the requests that name it")
+        super().check_integrity()

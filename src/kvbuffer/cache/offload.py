@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from kvbuffer.cache.disk import DiskTier, Geometry
 from kvbuffer.cache.memory import RequestMemory
+from kvbuffer.cache.pools import Counts
 from kvbuffer.cache.prefix import PrefixCache
 from kvbuffer.cache.snapshot import Snapshot
 from kvbuffer.cache.transfer import Caches, extract, restore
@@ -59,10 +60,8 @@ class Offload:
         if not self.tier.cheaper_to_load(match.num_bytes, match.num_tokens - num_cached, self._prefill_rate):
             return False
         geometry = match.geometry
-        taken = self.memory.take_blocks(
-            slots=int(geometry.has_state), record_pages=geometry.record_pages, rings=1,
-            attention_pages=geometry.attention_pages,
-        )  # fmt: skip
+        needed = Counts(int(geometry.has_state), geometry.record_pages, 1, geometry.attention_pages)
+        taken = self.memory.take_blocks(needed)
         if taken is None:
             return False
         slot = taken.slots[0] if taken.slots else None

@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvbuffer.cache.checkpoints import checkpoint_positions
 from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.plan import BUFFER_SLACK, PROMPT_TAIL
-from kvbuffer.cache.prefix_tree import Origin
+from kvbuffer.cache.prefix import Origin, checkpoint_positions
 from kvbuffer.engine.forms import FormPolicy, folds_due
 from kvbuffer.engine.queue import WaitingQueue
 from kvbuffer.engine.request import Request

@@ -1,4 +1,4 @@
-"""Prefix caching for hybrid models: what was computed for one request serves the next that begins with the same text.
+"""The prefix cache as requests see it: looked up, published to, and evicted from when they need memory.
 
 Resuming after t tokens takes the attention pages of those tokens and a snapshot of the linear-attention layers that is
 usable at t. Both are kept in a tree whose nodes are pages of tokens; a hit may end at any token that a snapshot covers,
@@ -12,25 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import NamedTuple
 
-from kvbuffer.cache.eviction import EvictionQueue, Usefulness
-from kvbuffer.cache.pins import Pin, Pins
 from kvbuffer.cache.pools import POOL_KINDS, Blocks, Counts, PoolKind, Pools, blocks_of
-from kvbuffer.cache.prefix_tree import (
-    Node,
-    Origin,
-    StoredSnapshot,
-    Tokens,
-    all_pages,
-    attach,
-    check_structure,
-    detach,
-    last_resumable,
-    pages_of,
-    walk,
-)
+from kvbuffer.cache.prefix.eviction import Eviction
+from kvbuffer.cache.prefix.pins import Pin, Pins
+from kvbuffer.cache.prefix.store import PrefixStore
+from kvbuffer.cache.prefix.tree import Node, Origin, StoredSnapshot, last_resumable, walk
+from kvbuffer.cache.prefix.usefulness import Usefulness
 from kvbuffer.cache.snapshot import Snapshot
 from kvbuffer.ops.attention import PAGE_SIZE
 
@@ -113,17 +102,13 @@ class PrefixCache:
         clock: Callable[[], float] = time.monotonic,
         pin_share: float = 0.25,
     ) -> None:
-        self.pools, self.counters = pools, PrefixCounters()
-        self.on_evict, self._clock = on_evict, clock
-        self._pins = Pins(pools, pin_share)
-        self._clear()
+        self.pools, self.counters, self.on_evict = pools, PrefixCounters(), on_evict
+        self._store, self._pins = PrefixStore(pools), Pins(pools, pin_share, clock)
+        self._start()
 
-    def _clear(self) -> None:
-        self._with_slot: dict[int, list[StoredSnapshot]] = {}
-        self._roots: dict[str | None, Node] = {}
+    def _start(self) -> None:
         self._usefulness = Usefulness(self.pools)
-        self._leaves: EvictionQueue[Node] = EvictionQueue(self._usefulness.of_leaf)
-        self._snapshots: EvictionQueue[StoredSnapshot] = EvictionQueue(self._usefulness.of_snapshot)
+        self._eviction = Eviction(self._store, self._usefulness, self._pins, self._lose, self.counters.evicted)
 
     def match(self, token_ids: Sequence[int], salt: str | None, max_tokens: int) -> PrefixMatch:
         """Return the longest usable prefix of a text, of at most ``max_tokens`` tokens.
@@ -131,7 +116,7 @@ class PrefixCache:
         Changes nothing but what counts as recently used.
         """
         text = token_ids[:max_tokens]
-        path, branch = walk(self._roots.get(salt) or Node.root(salt), text)
+        path, branch = walk(self._store.root(salt), text)
         num_tokens, stored = last_resumable(path, text)
         pages: list[Node] = []
         if stored is not None:
@@ -185,14 +170,26 @@ class PrefixCache:
             raise RuntimeError(f"{len(attention_pages)} attention pages are not those of {len(token_ids)} tokens")
         if not token_ids or (snapshot is not None and snapshot.end != len(token_ids)):
             raise RuntimeError(f"cannot store {snapshot} as the memory of {len(token_ids)} tokens")
-        node = self._roots.setdefault(salt, Node.root(salt))
-        for tokens, block in zip(pages_of(token_ids), attention_pages, strict=True):
-            node = self._insert_page(node, tokens, block)
-            node.recency = self._usefulness.now
-        if not node.children:
-            self._leaves.push(node)
+        last = self._store.add_pages(token_ids, salt, attention_pages)
+        for page in last.path():
+            page.recency = self._usefulness.now
+        if not last.children:
+            self._eviction.add_leaf(last)
         if snapshot is not None:
-            self._insert_snapshot(node, snapshot, origin)
+            self._insert_snapshot(last, snapshot, origin)
+
+    def _insert_snapshot(self, page: Node, snapshot: Snapshot, origin: Origin) -> None:
+        usable = page.parent.resumable.get(page.tokens[: snapshot.end - page.depth], [])
+        for old in [old for old in usable if old.snapshot.end == snapshot.end]:
+            if old.snapshot.start <= snapshot.start:
+                old.recency = self._usefulness.now
+                return
+            self._store.remove_snapshot(old)
+        stored = StoredSnapshot(snapshot, page, origin, self._usefulness.now)
+        self._store.add_snapshot(stored)
+        self._eviction.add_snapshot(stored)
+        self._usefulness.note_stored(origin)
+        self.counters.inserted_snapshots += 1
 
     def evict(self, kind: PoolKind, count: int) -> int:
         """Free at least ``count`` blocks of one pool, or as many as can be; return how many that were.
@@ -200,36 +197,25 @@ class PrefixCache:
         Pages go from the ends of paths inward, each with the snapshots that end in it. Pins are for the sake of later
         requests: when nothing else is left, the oldest give way to the one that needs the memory now.
         """
-        pool = self.pools.by_kind(kind)
-        before = pool.num_free
-        pages = kind == "attention_pages"
-        self._evict(
-            lambda: pool.num_free >= before + count, lambda: pool.num_idle, pages, kinds=() if pages else (kind,)
-        )
-        return pool.num_free - before
+        return self._eviction.free(kind, count)
 
     def evict_bytes(self, num_bytes: int) -> int:
         """Free at least ``num_bytes`` bytes of whatever saves the least, or as many as can be; return how many."""
-        before = self.pools.free_bytes
-        enough = before + num_bytes
-        self._evict(
-            lambda: self.pools.free_bytes >= enough, lambda: self.pools.idle_bytes, pages=True, kinds=POOL_KINDS
-        )
-        return self.pools.free_bytes - before
+        return self._eviction.free_bytes(num_bytes)
 
     def disown(self, slot: int) -> None:
         """Give up the snapshots with this state, so that a request which holds it can have it alone."""
-        for stored in self._with_slot.get(slot, [])[::]:
-            self._remove_snapshot(stored)
+        for stored in self._store.with_slot(slot):
+            self._store.remove_snapshot(stored)
 
     def num_evictable(self, kind: PoolKind) -> int:
         """Return how many blocks of one pool :meth:`evict` can free without touching what is pinned."""
-        self._pins.release_expired(self._clock())
+        self._pins.release_expired()
         return self.pools.by_kind(kind).num_idle
 
     def shortage(self, wanted: Counts) -> str | None:
         """Return what :meth:`Pools.shortage` does, without what is pinned."""
-        self._pins.release_expired(self._clock())
+        self._pins.release_expired()
         return self.pools.shortage(wanted)
 
     def pin(self, token_ids: Sequence[int], salt: str | None, until: float) -> bool:
@@ -241,8 +227,8 @@ class PrefixCache:
         Returns:
             Whether there was something to pin, small enough.
         """
-        self._pins.release_expired(self._clock())
-        path, _ = walk(self._roots.get(salt) or Node.root(salt), token_ids)
+        self._pins.release_expired()
+        path, _ = walk(self._store.root(salt), token_ids)
         _, stored = last_resumable(path, token_ids)
         if stored is None:
             return False
@@ -259,149 +245,29 @@ class PrefixCache:
 
     def snapshots(self) -> Iterator[tuple[list[int], str | None, tuple[int, ...], Snapshot]]:
         """Go through what is cached, as ``on_evict`` would be given it; the cache must not change meanwhile."""
-        for root in self._roots.values():
-            for node in all_pages(root):
-                yield from map(_prefix_of, node.snapshots)
+        for page in self._store.pages():
+            yield from map(_prefix_of, page.snapshots)
 
     def clear(self) -> None:
         """Give up everything, pins included."""
         self._pins.clear()
-        for root in self._roots.values():
-            for node in all_pages(root):
-                self.pools.attention_pages.drop((node.block,))
-                for stored in node.snapshots:
-                    self.pools.drop(blocks_of(stored.snapshot))
-        self._clear()
-
-    def check_integrity(self) -> None:
-        """Check the structure, and that the blocks it names are the ones it holds.
-
-        Raises:
-            RuntimeError: they are not.
-        """
-        held: list[dict[int, int]] = [{} for _ in POOL_KINDS]
-        for root in self._roots.values():
-            check_structure(root)
-            for node in all_pages(root):
-                if not node.children and not node.queued:
-                    raise RuntimeError(f"prefix cache: page {node.block} can never be evicted")
-                for blocks in [blocks_of(None, (node.block,)), *(blocks_of(s.snapshot) for s in node.snapshots)]:
-                    for count, numbers in zip(held, blocks, strict=True):
-                        for number in numbers:
-                            count[number] = count.get(number, 0) + 1
-        for pool, count in zip(self.pools.all, held, strict=True):
-            pool.check_integrity()
-            if any(pool.kept(block) != count.get(block, 0) for block in range(pool.num_taken)):
-                raise RuntimeError(f"prefix cache: {pool.name} held are not those of the tree")
-
-    def _insert_page(self, parent: Node, tokens: Tokens, block: int) -> Node:
-        child = parent.starting_with(tokens)
-        if child is not None:
-            return child
-        self.pools.attention_pages.keep((block,))
-        shorter = parent.continued_by(tokens)
-        if shorter is None:
-            return parent.add(tokens, block)
-        replaced = shorter.block
-        parent.extend(shorter, tokens, block)
-        self.pools.attention_pages.drop((replaced,))
-        return shorter
-
-    def _insert_snapshot(self, node: Node, snapshot: Snapshot, origin: Origin) -> None:
-        usable = node.parent.resumable.get(node.tokens[: snapshot.end - node.depth], [])
-        for old in [old for old in usable if old.snapshot.end == snapshot.end]:
-            if old.snapshot.start <= snapshot.start:
-                old.recency = self._usefulness.now
-                return
-            self._remove_snapshot(old)
-        stored = StoredSnapshot(snapshot, node, origin, self._usefulness.now)
-        self.pools.keep(blocks_of(snapshot))
-        if snapshot.slot is not None:
-            self._with_slot.setdefault(snapshot.slot, []).append(stored)
-        attach(stored)
-        self._snapshots.push(stored)
-        self._usefulness.note_stored(origin)
-        self.counters.inserted_snapshots += 1
-
-    def _evict(
-        self, enough: Callable[[], bool], idle: Callable[[], int], pages: bool, kinds: Sequence[PoolKind]
-    ) -> None:
-        """Evict pages, and snapshots with blocks of ``kinds``, by what they save, while any are idle, until enough."""
-        self._pins.release_expired(self._clock())
-        before = [pool.num_free for pool in self.pools.all]
-        self._evict_unpinned(enough, idle, pages, kinds)
-        while not enough() and self._pins.release_oldest():
-            self._evict_unpinned(enough, idle, pages, kinds)
-        for kind, pool, free in zip(POOL_KINDS, self.pools.all, before, strict=True):
-            self.counters.evicted[kind] += pool.num_free - free
-
-    def _evict_unpinned(
-        self, enough: Callable[[], bool], idle: Callable[[], int], pages: bool, kinds: Sequence[PoolKind]
-    ) -> None:
-        in_use: list[Node] = []
-        useless: list[StoredSnapshot] = []
-        while not enough() and idle():
-            # Pages and snapshots are measured alike; of one kind only, there is nothing to compare.
-            leaves = pages and self.pools.attention_pages.num_idle > 0
-            if leaves and (not kinds or self._leaves.lowest() <= self._snapshots.lowest()):
-                self._evict_leaf(in_use)
-            elif (stored := self._snapshots.pop()) is None:
-                break
-            elif any(map(self._has_idle, kinds, repeat(stored))):
-                self._lose(stored)
-            else:
-                useless.append(stored)
-        for leaf in in_use:
-            leaf.recency = self._usefulness.now
-            self._leaves.push(leaf)
-        for stored in useless:
-            self._snapshots.push(stored)
-
-    def _has_idle(self, kind: PoolKind, stored: StoredSnapshot) -> bool:
-        return any(map(self.pools.by_kind(kind).is_idle, blocks_of(stored.snapshot)[POOL_KINDS.index(kind)]))
-
-    def _evict_leaf(self, in_use: list[Node]) -> None:
-        """Evict the last page that saves the least, or find that it is in use."""
-        pool = self.pools.attention_pages
-        leaf = self._leaves.pop()
-        if leaf is None:
-            # Two requests that computed the same text at once: the later one's pages follow pages of the earlier
-            # one that it does not hold. It will publish them again; the idle pages before them are wanted now.
-            leaf = next(leaf for leaf in in_use if any(pool.is_idle(node.block) for node in leaf.path()))
-            in_use.remove(leaf)
-            self._remove_leaf(leaf)
-        elif leaf.children:
-            return  # no last page any more; it comes back when it is one again
-        elif pool.is_idle(leaf.block):
-            self._remove_leaf(leaf)
-        else:
-            in_use.append(leaf)
-
-    def _remove_leaf(self, leaf: Node) -> None:
-        for stored in leaf.snapshots[::]:
-            self._lose(stored)
-        parent = leaf.parent
-        parent.remove(leaf)
-        self.pools.attention_pages.drop((leaf.block,))
-        if not parent.children and parent.tokens:
-            self._leaves.push(parent)
-        elif not parent.children:
-            del self._roots[parent.salt]
+        self._store.clear()
+        self._start()
 
     def _lose(self, stored: StoredSnapshot) -> None:
         """Give up a snapshot, after offering it to ``on_evict``."""
         if self.on_evict is not None:
             self.on_evict(*_prefix_of(stored))
-        self._remove_snapshot(stored)
+        self._store.remove_snapshot(stored)
 
-    def _remove_snapshot(self, stored: StoredSnapshot) -> None:
-        detach(stored)
-        slot = stored.snapshot.slot
-        if slot is not None:
-            self._with_slot[slot].remove(stored)
-            if not self._with_slot[slot]:
-                del self._with_slot[slot]
-        self.pools.drop(blocks_of(stored.snapshot))
+    def check_integrity(self) -> None:
+        """Check the structure, that it names the blocks that are held, and that all of it can be evicted.
+
+        Raises:
+            RuntimeError: a bug.
+        """
+        self._store.check_integrity()
+        self._eviction.check_integrity()
 
 
 def _prefix_of(stored: StoredSnapshot) -> tuple[list[int], str | None, tuple[int, ...], Snapshot]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbuffer.cache.checkpoints import checkpoint_positions
-from kvbuffer.cache.prefix import PrefixMatch
+from kvbuffer.cache.prefix import PrefixMatch, checkpoint_positions
 
 
 def match(num_tokens: int, branch: int) -> PrefixMatch:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kvbuffer.cache.pools import POOL_KINDS, Blocks, Counts, PoolKind, Pools
-from kvbuffer.cache.prefix_tree import Node
+from kvbuffer.cache.prefix.tree import Node
 
 
 class Pin(NamedTuple):
@@ -23,10 +24,11 @@ class Pins:
     Args:
         pools: where the blocks are of.
         share: the part of each pool, and of all their bytes, that may be pinned.
+        clock: the time.
     """
 
-    def __init__(self, pools: Pools, share: float) -> None:
-        self._pools = pools
+    def __init__(self, pools: Pools, share: float, clock: Callable[[], float]) -> None:
+        self._pools, self._clock = pools, clock
         self._limits = Counts(*(int(pool.size * share) for pool in pools.all))
         self._most_bytes = int(pools.budget * share)
         self._pins: list[Pin] = []
@@ -59,8 +61,9 @@ class Pins:
         """Return how many pins hold each block of a kind."""
         return self._pinned[POOL_KINDS.index(kind)]
 
-    def release_expired(self, now: float) -> None:
-        """Let go of what was pinned until ``now`` or earlier."""
+    def release_expired(self) -> None:
+        """Let go of what was pinned until now or earlier."""
+        now = self._clock()
         for pin in [pin for pin in self._pins if pin.until <= now]:
             self._release(pin)
 

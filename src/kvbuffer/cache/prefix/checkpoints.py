@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvbuffer.cache.prefix import PrefixMatch
+from kvbuffer.cache.prefix.cache import PrefixMatch
 
 
 def checkpoint_positions(
