@@ -161,7 +161,7 @@ def serves(plan: MemoryPlan, case: Case, count: int) -> int | None:
         most = max(most, len(scheduler.running))
         if scheduler.waiting or scheduler.num_preemptions:
             return None
-        for segment in scheduler.commit(batch):
+        for segment in [batch[place] for place in scheduler.commit(batch)]:
             request = segment.request
             if request.num_computed_tokens == request.num_prefill_tokens:
                 scheduler.publish(request, "prompt")

@@ -121,8 +121,8 @@ class Rollout:
     def step(self) -> Tensor:
         """Compute every request's last token; return the logits after it, one row per request."""
         batch = self._scheduler.schedule()
-        logits, _ = self._runner.run(batch)
-        complete = [segment.request for segment in self._scheduler.commit(batch)]
+        logits = self._runner.run(batch).logits
+        complete = [batch[place].request for place in self._scheduler.commit(batch)]
         order = [complete.index(request) for request in self._requests]
         return logits[order]
 

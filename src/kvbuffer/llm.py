@@ -55,11 +55,13 @@ class RequestOutput:
         prompt: the text, None when token ids were given.
         prompt_token_ids: its tokens.
         outputs: ``n`` completions.
+        prompt_logprobs: one entry per token of the prompt, None for the first, if asked for.
     """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 class LLM:
@@ -150,7 +152,7 @@ class LLM:
         if len(sampling_params) != len(batch):
             raise InvalidRequestError(f"{len(batch)} prompts but {len(sampling_params)} sampling_params")
         results: list[RequestOutput] = []
-        running: dict[str, CompletionOutput] = {}
+        running: dict[str, tuple[RequestOutput, CompletionOutput]] = {}
         try:
             for number, ((text, ids), params) in enumerate(zip(batch, sampling_params, strict=True)):
                 result = RequestOutput(text, ids, [CompletionOutput(i) for i in range(params.n)])
@@ -158,14 +160,14 @@ class LLM:
                 for output in result.outputs:
                     request_id = f"{number}-{output.index}"
                     self.engine.add_request(request_id, ids, params.for_choice(output.index), options[number])
-                    running[request_id] = output
+                    running[request_id] = (result, output)
             self._drain(running, show_progress)
         finally:
             for request_id in running:
                 self.engine.abort_request(request_id)
         return results
 
-    def _drain(self, running: dict[str, CompletionOutput], show_progress: bool) -> None:
+    def _drain(self, running: dict[str, tuple[RequestOutput, CompletionOutput]], show_progress: bool) -> None:
         columns = (
             TextColumn("Generating"),
             BarColumn(),
@@ -179,7 +181,10 @@ class LLM:
             while self.engine.has_work():
                 deltas = self.engine.step()
                 for delta in deltas:
-                    running[delta.request_id].add(delta)
+                    result, output = running[delta.request_id]
+                    output.add(delta)
+                    if delta.prompt_logprobs is not None:
+                        result.prompt_logprobs = [None, *delta.prompt_logprobs]
                 tokens += sum(len(delta.token_ids) for delta in deltas)
                 finished = sum(delta.finish_reason is not None for delta in deltas)
                 elapsed = progress.tasks[task].elapsed or 0.0

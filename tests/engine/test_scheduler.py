@@ -54,7 +54,7 @@ def scheduler(
 def step(scheduler: Scheduler) -> list[Segment]:
     """Do what the engine does with a scheduled step, every request ending at its ``max_len``."""
     batch = scheduler.schedule()
-    for segment in scheduler.commit(batch):
+    for segment in [batch[place] for place in scheduler.commit(batch)]:
         request = segment.request
         scheduler.publish(request, "prompt")
         request.token_ids.append(0)

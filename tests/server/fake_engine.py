@@ -151,6 +151,9 @@ class FakeEngine:
     def _advance(self, request: FakeRequest) -> CompletionDelta:
         params, prompt = request.params, request.prompt
         position = request.num_output_tokens
+        scored = None
+        if params.prompt_logprobs is not None and not position:
+            scored = [TokenLogprob(known, -0.25, 1, [(known, -0.25)][: params.prompt_logprobs]) for known in prompt[1:]]
         request.scheduled_at = request.scheduled_at or time.monotonic()
         request.num_output_tokens += 1
         finish_reason: FinishReason | None = None
@@ -190,4 +193,5 @@ class FakeEngine:
             scheduled_at=request.scheduled_at,
             num_draft_tokens=self.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
+            prompt_logprobs=scored,
         )

@@ -111,6 +111,13 @@ async def test_logprobs(client: httpx.AsyncClient, stream: bool) -> None:
     assert [entry["token"] for entry in entries] == ["[", "u"]
 
 
+async def test_prompt_logprobs(client: httpx.AsyncClient) -> None:
+    answer = (await chat(client, prompt_logprobs=0, max_tokens=1)).json()
+    first, second, *rest = answer["prompt_logprobs"]
+    assert (first, len(rest)) == (None, answer["usage"]["prompt_tokens"] - 2)
+    assert [list(entry) for entry in second.values()] == [["logprob", "rank", "decoded_token"]]
+
+
 async def test_logprobs_without_alternatives(client: httpx.AsyncClient) -> None:
     answer = (await chat(client, logprobs=True, max_tokens=1)).json()
     assert answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []

@@ -120,6 +120,38 @@ async def test_no_token_ids_unless_asked_for(client: httpx.AsyncClient, value: b
     assert "token_ids" not in (await complete(client, prompt="é", return_token_ids=value, stream=stream)).text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_repeats_logprobs_too(client: httpx.AsyncClient, stream: bool) -> None:
+    response = await complete(client, prompt="abc", echo=True, logprobs=1, max_tokens=1, stream=stream)
+    event = chunks(response.text)[0] if stream else response.json()
+    assert event["choices"][0]["text"] == "abca"
+    assert event["choices"][0]["logprobs"] == {
+        "tokens": ["a", "b", "c", "a"],
+        "token_logprobs": [None, -0.25, -0.25, -0.5],
+        "top_logprobs": [None, {"b": -0.25}, {"c": -0.25}, {"a": -0.5}],
+        "text_offset": [0, 1, 2, 3],
+    }
+
+
+async def test_prompt_logprobs_have_vllms_shape(client: httpx.AsyncClient) -> None:
+    choice = (await complete(client, prompt="abc", prompt_logprobs=1, max_tokens=1)).json()["choices"][0]
+    assert choice["text"] == "a"
+    assert choice["logprobs"] is None
+    assert choice["prompt_logprobs"] == [
+        None,
+        {"98": {"logprob": -0.25, "rank": 1, "decoded_token": "b"}},
+        {"99": {"logprob": -0.25, "rank": 1, "decoded_token": "c"}},
+    ]
+
+
+async def test_no_output_may_be_asked_for_with_echo_only(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await complete(client, prompt="abc", echo=True, max_tokens=0)
+    (_, params), *_ = engine.seen
+    assert (params.max_tokens, params.prompt_logprobs) == (0, 0)
+    refused = await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 0})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
 async def test_a_request_may_name_itself(client: httpx.AsyncClient) -> None:
     assert (await complete(client, prompt="a", request_id="mine")).json()["id"] == "cmpl-mine"
 

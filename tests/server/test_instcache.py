@@ -145,6 +145,7 @@ async def test_a_request_that_the_engine_refuses_is_refused(tmp_path: Path) -> N
         ([None, HELLO], {"chat_template_kwargs": {"mood": "good"}}, "personalised"),
         ([None, HELLO], {"tools": [{"type": "function"}], "tool_choice": "none"}, "tools"),
         ([None, HELLO], {"logprobs": True}, "logprobs"),
+        ([None, HELLO], {"prompt_logprobs": 0}, "logprobs"),
         ([None, HELLO], {"n": 2}, "several_choices"),
         ([None, HELLO], {"temperature": 0.5}, "sampled"),
         ([None, HELLO], {"temperature": None}, "sampled"),

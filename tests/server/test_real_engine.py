@@ -92,6 +92,22 @@ def test_a_seed_fixes_each_of_n_choices(client: openai.OpenAI) -> None:
     assert texts[2] == texts[0][:1]
 
 
+def test_an_evaluation_scores_prompts_without_output(client: openai.OpenAI) -> None:
+    prompt = list(range(5, 90))
+    ask = {"model": "tiny", "prompt": prompt, "temperature": 0, "logprobs": 1, "echo": True}
+    alone, with_output = client.completions.create(**ask, max_tokens=0), client.completions.create(**ask, max_tokens=4)
+    scores, more = alone.choices[0].logprobs, with_output.choices[0].logprobs
+    assert scores is not None
+    assert more is not None
+    assert scores.token_logprobs is not None
+    assert more.token_logprobs is not None
+    assert scores.token_logprobs[0] is None
+    assert (len(scores.token_logprobs), len(more.token_logprobs)) == (85, 89)
+    assert scores.token_logprobs[1:] == pytest.approx(more.token_logprobs[1:85], abs=0.02)
+    assert alone.usage is not None
+    assert alone.usage.completion_tokens == 0
+
+
 def test_prompts_as_token_ids_with_logprobs(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model="tiny",

@@ -16,7 +16,7 @@ from kvbuffer.cache.transfer import block_tensors
 from kvbuffer.engine.config import STATE_DTYPES, EngineConfig
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.forms import FormPolicy
-from kvbuffer.engine.request import CompletionDelta
+from kvbuffer.engine.request import CompletionDelta, TokenLogprob
 from kvbuffer.engine.speculative.draft_model import DraftModel
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.tokenizer import Tokenizer
@@ -98,6 +98,7 @@ class Outputs:
         self.tokens: dict[str, list[int]] = {}
         self.text: dict[str, str] = {}
         self.last: dict[str, CompletionDelta] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprob]] = {}
 
     def add(self, deltas: Iterable[CompletionDelta]) -> None:
         """Append the deltas of a step."""
@@ -105,6 +106,9 @@ class Outputs:
             self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
             self.text[delta.request_id] = self.text.get(delta.request_id, "") + delta.text
             self.last[delta.request_id] = delta
+            if delta.prompt_logprobs is not None:
+                assert delta.request_id not in self.prompt_logprobs
+                self.prompt_logprobs[delta.request_id] = delta.prompt_logprobs
 
 
 def drain(engine: Engine) -> Outputs:

@@ -46,7 +46,9 @@ class RequestMemory(RequestTables):
         self.on_admit: Callable[[Sequence[int], str | None, int], bool] | None = None
         self._needs_slot = [False] * plan.max_num_seqs
 
-    def admit(self, token_ids: Sequence[int], salt: str | None = None, max_len: int = 0) -> Admission | str:
+    def admit(
+        self, token_ids: Sequence[int], salt: str | None = None, max_len: int = 0, *, reuse: bool = True
+    ) -> Admission | str:
         """Take memory for a request, reusing the longest cached prefix.
 
         Enough is taken for the computation of all its tokens, so that a prompt never stops half-way for want of memory:
@@ -58,6 +60,7 @@ class RequestMemory(RequestTables):
             token_ids: all known tokens, at least one.
             salt: only prefixes that were computed under the same salt are reused.
             max_len: tokens that it may come to have.
+            reuse: whether what is cached of them may be used.
 
         Returns:
             The name of what there is too little of, if there is, and nothing changed.
@@ -65,9 +68,11 @@ class RequestMemory(RequestTables):
         num_tokens = len(token_ids)
         if not self.rows.num_free:
             return "--max-num-seqs"
-        match = NO_MATCH if self.prefixes is None else self.prefixes.match(token_ids, salt, num_tokens - 1)
-        if self.prefixes is not None and self.on_admit is not None and self.on_admit(token_ids, salt, match.num_tokens):
+        match = NO_MATCH
+        if self.prefixes is not None and reuse:
             match = self.prefixes.match(token_ids, salt, num_tokens - 1)
+            if self.on_admit is not None and self.on_admit(token_ids, salt, match.num_tokens):
+                match = self.prefixes.match(token_ids, salt, num_tokens - 1)
         need = self._need(match, num_tokens, max_len)
         short = self._shortage_beside(match, need)
         if short is not None and match.stored is not None and not self.rows.num_used:
@@ -76,7 +81,7 @@ class RequestMemory(RequestTables):
             need = self._need(match, num_tokens, max_len)
             short = self._shortage_beside(match, need)
         if short is not None:
-            return self.admit(token_ids, salt, max_len) if self._fold_longest(short) else short
+            return self.admit(token_ids, salt, max_len, reuse=reuse) if self._fold_longest(short) else short
         if self.prefixes is not None:
             self.prefixes.acquire(match)
         row = self.rows.take(1)[0]

@@ -21,7 +21,7 @@ from kvbuffer.engine.config import DTYPES, STATE_DTYPES, EngineConfig
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
 from kvbuffer.engine.forms import FormPolicy
 from kvbuffer.engine.loading import build_model, load_plan
-from kvbuffer.engine.output import Extension, extend_output
+from kvbuffer.engine.output import Extension, extend_output, score_prompt
 from kvbuffer.engine.ranks import LeadingRunner, ProcessRanks
 from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReason, Request, RequestOptions
 from kvbuffer.engine.runner import Runner
@@ -271,17 +271,19 @@ class Engine:
         if not batch:
             return []
         ran = time.perf_counter()
-        logits, hidden = self._runner.run(batch)
+        output = self._runner.run(batch)
         if self._offload is not None:
             self._offload.observe(sum(segment.num_tokens for segment in batch), time.perf_counter() - ran)
-        complete, first, extensions = self._scheduler.commit(batch), 0, []
-        for segment in complete:
-            end = first + 1 + len(segment.draft.token_ids)
-            extensions.append(self._extend(segment, logits[first:end]))
-            first = end
+        logits = output.logits.split(output.num_logits)
+        for segment, rows in zip(batch, logits, strict=True):
+            if segment.request.scores_prompt:
+                score_prompt(segment.request, rows, self.model_config.vocab_size)
+        places = self._scheduler.commit(batch)
+        complete = [batch[place] for place in places]
+        extensions = [self._extend(batch[place], logits[place]) for place in places]
         if self._speculator is not None:
             accepted = {s.request: e.accepted for s, e in zip(complete, extensions, strict=True)}
-            self._speculator.observe(batch, accepted, hidden, time.perf_counter() - began)
+            self._speculator.observe(batch, accepted, output.hidden, time.perf_counter() - began)
         return [self._report(s.request, extension) for s, extension in zip(complete, extensions, strict=True)]
 
     def _extend(self, segment: Segment, logits: Tensor) -> Extension:
@@ -303,6 +305,7 @@ class Engine:
                 logger.error("request %s: %s", request.request_id, stop_reason)
             self._finish(request, publish=finish is not FinishReason.ABORT)
             del self._requests[request.request_id]
+        scored = None if request.params.prompt_logprobs is None else request.prompt_logprobs
         return CompletionDelta(
             request.request_id,
             extension.text,
@@ -316,6 +319,7 @@ class Engine:
             request.scheduled_at,
             request.num_draft_tokens,
             request.num_accepted_tokens,
+            scored if len(extension.token_ids) == request.num_output_tokens else None,
         )
 
     def _finish(self, request: Request, publish: bool = True) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvbuffer.engine.request import FinishReason, Request, TokenLogprob
-from kvbuffer.engine.sampler import InvalidLogits, sample_row
+from kvbuffer.engine.sampler import InvalidLogits, sample_row, score_token
 from kvbuffer.engine.speculative.drafter import Draft
 
 
@@ -43,16 +43,20 @@ def extend_output(
 
     Args:
         request: a request whose known tokens are all computed; the new ones are appended.
-        logits: [1 + D, V] float32, after the last known token and after each token of the draft.
+        logits: float32; its last [1 + D, V] are after the last known token and after each token of the draft.
         draft: D tokens.
         vocab_size: ids at and above it are never chosen.
         eos_token_ids: tokens that end a request unless it ignores them.
     """
     texts, token_ids, logprobs, accepted, place = [], [], [], [], -1
+    known = len(logits) - 1 - len(draft.token_ids)
+    wants_logprobs = request.params.logprobs is not None
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
+    if len(request.token_ids) == request.max_len:  # nothing but the prompt's log-probabilities was asked for
+        finish = FinishReason.LENGTH
     while finish is None:
-        sampled = sample_row(logits[1 + place], request.sampling, vocab_size)
+        sampled = sample_row(logits[known + 1 + place], request.sampling, vocab_size)
         if isinstance(sampled, InvalidLogits):
             finish, stop_reason = FinishReason.ABORT, sampled.reason
             break
@@ -70,8 +74,21 @@ def extend_output(
         place = child
     if finish is not None:
         texts.append(request.detokenizer.flush())
-    wants_logprobs = request.params.logprobs is not None
     return Extension("".join(texts), token_ids, logprobs if wants_logprobs else None, finish, stop_reason, accepted)
+
+
+def score_prompt(request: Request, logits: Tensor, vocab_size: int) -> None:
+    """Append to the log-probabilities of a request's prompt.
+
+    Args:
+        request: one that asked for them and does not have them all.
+        logits: [R, V], after the next R tokens of the prompt; those after its last token belong to the output.
+        vocab_size: ids at and above it do not count.
+    """
+    assert request.params.prompt_logprobs is not None
+    known = request.token_ids[: request.num_prompt_tokens]
+    for row, token_id in zip(logits, known[len(request.prompt_logprobs) + 1 :], strict=False):
+        request.prompt_logprobs.append(score_token(row, token_id, request.params.prompt_logprobs, vocab_size))
 
 
 def _ending(

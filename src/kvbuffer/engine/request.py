@@ -75,10 +75,10 @@ DEFAULT_OPTIONS = RequestOptions()
 
 @dataclass(slots=True)
 class TokenLogprob:
-    """Log-probability of one output token under the model, before temperature, penalties and filters.
+    """Log-probability of one token under the model, before temperature, penalties and filters.
 
     Attributes:
-        token_id: the sampled token.
+        token_id: the token of the output or the prompt.
         logprob: its natural log-probability.
         rank: its place among all tokens, 1 being the most likely; equals are ordered by token id.
         top: the most likely tokens and their log-probabilities, best first, as many as the request asked for.
@@ -107,6 +107,8 @@ class CompletionDelta:
         scheduled_at: when the request was first scheduled, in seconds of ``time.monotonic``.
         num_draft_tokens: tokens drafted so far.
         num_accepted_tokens: those of them that were accepted.
+        prompt_logprobs: one entry per token of the prompt but the first; with a request's first delta only, and if
+            asked for.
     """
 
     request_id: str
@@ -121,6 +123,7 @@ class CompletionDelta:
     scheduled_at: float
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -146,6 +149,7 @@ class Request:
         checkpoints: tokens after which its computation leaves a state for others.
         num_draft_tokens: tokens drafted for it so far.
         num_accepted_tokens: those of them that were accepted.
+        prompt_logprobs: of the prompt's tokens but the first, as far as they are computed; empty unless asked for.
     """
 
     request_id: str
@@ -166,6 +170,17 @@ class Request:
     checkpoints: list[int] = field(default_factory=list)
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's tokens are still to be computed."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+
+    @property
+    def first_logits(self) -> int:
+        """The first token after which logits are wanted: the last known one, or one of the prompt that is scored."""
+        return len(self.prompt_logprobs) if self.scores_prompt else len(self.token_ids) - 1
 
     @property
     def num_output_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,22 @@ from kvbuffer.models.decoder import Decoder
 from kvbuffer.models.inputs import LinearForm, LinearSection, ModelInputs
 
 Int32 = npt.NDArray[np.int32]
+
+
+class StepOutput(NamedTuple):
+    """What a step computed.
+
+    Attributes:
+        logits: [R, vocab_size], in the batch's order.
+        num_logits: how many of them are each segment's: one after the last known token of its request, if that is now
+            computed, and one after each token of its draft; where a prompt is scored, one after each token that has
+            none yet.
+        hidden: [N, hidden_size], of all tokens after the final norm; None unless needed.
+    """
+
+    logits: Tensor
+    num_logits: list[int]
+    hidden: Tensor | None = None
 
 
 class Runner:
@@ -47,25 +64,22 @@ class Runner:
         work, self.memory.work = self.memory.work, []
         do_work(work, self.caches)
 
-    def run(self, batch: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
+    def run(self, batch: Sequence[Segment]) -> StepOutput:
         """Compute the scheduled tokens.
 
         Args:
             batch: at least one segment, sorted by form; a request's segments in the order of its tokens.
-
-        Returns:
-            Logits [R, vocab_size] after the last known token, and after each token of its draft, of the requests whose
-            known tokens are now all computed, in the batch's order. Hidden states [N, hidden_size] of all tokens after
-            the final norm; None unless needed.
         """
         self.do_memory_work()
         self.residency.settle()
-        inputs = self._inputs(batch)
+        inputs, num_logits = self._inputs(batch)
         if self.needs_hidden:
-            return self.model.forward_with_hidden(inputs, self.caches)
-        return self.model.forward(inputs, self.caches), None
+            logits, hidden = self.model.forward_with_hidden(inputs, self.caches)
+            return StepOutput(logits, num_logits, hidden)
+        return StepOutput(self.model.forward(inputs, self.caches), num_logits)
 
-    def _inputs(self, batch: Sequence[Segment]) -> ModelInputs:
+    def _inputs(self, batch: Sequence[Segment]) -> tuple[ModelInputs, list[int]]:
+        """Return the ragged batch, and after how many tokens of each segment logits are wanted."""
         memory = self.memory
         rows = np.fromiter((segment.request.row for segment in batch), np.int32, len(batch))
         counts = np.fromiter((segment.num_tokens for segment in batch), np.int32, len(batch))
@@ -78,20 +92,22 @@ class Runner:
         )
         # Where a token lies among its request's = context of its segment + its place in it.
         slots = np.arange(borders[-1], dtype=np.int32) + np.repeat(context - borders[:-1], counts)
-        last = np.fromiter((len(segment.request.token_ids) for segment in batch), np.int32, len(batch)) - 1
+        first_logits = np.fromiter((segment.request.first_logits for segment in batch), np.int32, len(batch))
+        wanted = slots >= np.repeat(first_logits, counts)
         parents, positions = _trees(batch, slots, borders)
         pages = attention_pages(int((context + counts).max()))
-        return ModelInputs(
+        inputs = ModelInputs(
             token_ids=torch.from_numpy(np.fromiter(token_ids, np.int64, borders[-1])),
             positions=torch.from_numpy(positions),
             cu_seqlens=torch.from_numpy(borders),
             context_lens=torch.from_numpy(context),
             attention_page_table=torch.from_numpy(memory.attention_table[rows, :pages]),
             rings=torch.from_numpy(memory.ring[rows]),
-            logits_rows=torch.from_numpy(np.flatnonzero(slots >= np.repeat(last, counts))),
+            logits_rows=torch.from_numpy(np.flatnonzero(wanted)),
             sections=tuple(self._sections(batch, rows, context, fill, borders, parents)),
             parents=None if parents is None else torch.from_numpy(parents),
         )
+        return inputs, np.add.reduceat(wanted, borders[:-1], dtype=np.int64).tolist()
 
     def _cursors(self, batch: Sequence[Segment], rows: Int32) -> tuple[Int32, Int32]:
         """Return the tokens and the records before each segment, those of the same step included."""

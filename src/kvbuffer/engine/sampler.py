@@ -86,6 +86,19 @@ def sample_row(logits: torch.Tensor, state: SamplingState, vocab_size: int) -> S
     return SampledToken(token_id, _token_logprob(raw, raw_peak, token_id, params.logprobs))
 
 
+def score_token(logits: torch.Tensor, token_id: int, num_top: int, vocab_size: int) -> TokenLogprob:
+    """Return the log-probability of a token that is already known, and of the most likely ones.
+
+    Args:
+        logits: [V] on the CPU, any float dtype.
+        token_id: the token, below ``vocab_size``.
+        num_top: how many of the most likely tokens to report.
+        vocab_size: ids at and above it do not count.
+    """
+    raw = _float32(logits)[:vocab_size]
+    return _token_logprob(raw, raw.max(), token_id, num_top)
+
+
 def _float32(row: torch.Tensor) -> Row:
     if row.dtype == torch.bfloat16:
         # The upper half of a float32's bits. PyTorch would wake its thread pool for this, once per row.

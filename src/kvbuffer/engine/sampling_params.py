@@ -40,11 +40,14 @@ class SamplingParams:
         logit_bias: added to the logits of the given token ids, each in [-100, 100].
         logprobs: how many of the most likely tokens to report with each sampled one, 0 to 20; None reports
             nothing.
+        prompt_logprobs: the same for the tokens of the prompt, but the first, of which there is none. The prompt is
+            then computed whole, whatever is cached of it.
         stop: strings that end the completion, at most 16; a single string is accepted. Kept as a tuple.
         stop_token_ids: token ids that end the completion. Kept as a tuple.
         include_stop_str_in_output: whether the text keeps the stop string that ended it.
         ignore_eos: whether to go on after the end-of-sequence token.
-        max_tokens: at most this many output tokens; None goes on until the context is full.
+        max_tokens: at most this many output tokens; None goes on until the context is full. 0 with ``prompt_logprobs``
+            only.
         min_tokens: end-of-sequence and stops are suppressed before this many output tokens.
         skip_special_tokens: whether special tokens are left out of the text.
 
@@ -63,6 +66,7 @@ class SamplingParams:
     seed: int | None = None
     logit_bias: Mapping[int, float] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
@@ -83,14 +87,16 @@ class SamplingParams:
         if self.seed is not None:
             self._set("seed", _integer("seed", self.seed, _MIN_SEED, _MAX_SEED))
         self._set("logit_bias", _logit_bias(self.logit_bias))
-        if self.logprobs is not None:
-            self._set("logprobs", _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS))
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                self._set(name, _integer(name, count, 0, MAX_LOGPROBS))
         self._set("stop", _stop_strings(self.stop))
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             _boolean(name, getattr(self, name))
         if self.max_tokens is not None:
-            self._set("max_tokens", _integer("max_tokens", self.max_tokens, 1, _MAX_COUNT))
+            least = 1 if self.prompt_logprobs is None else 0
+            self._set("max_tokens", _integer("max_tokens", self.max_tokens, least, _MAX_COUNT))
         most = _MAX_COUNT if self.max_tokens is None else self.max_tokens
         self._set("min_tokens", _integer("min_tokens", self.min_tokens, 0, most, high_name="max_tokens"))
 

@@ -31,6 +31,9 @@ from kvbuffer.ops.chunked import CHUNK
 
 logger = logging.getLogger(__name__)
 
+# Prompt tokens that are scored in one step, and no more: each has logits over the whole vocabulary.
+_MAX_SCORED_TOKENS = 4 * CHUNK
+
 
 class Segment(NamedTuple):
     """A share of a step: the next uncomputed tokens of a request.
@@ -107,22 +110,25 @@ class Scheduler:
     def _schedule(self, drafts: Mapping[Request, Draft]) -> list[Segment]:
         batch = list(self._decodes(drafts))
         budget = max(CHUNK, self.max_num_batched_tokens - sum(segment.num_tokens for segment in batch))
+        unscored = _MAX_SCORED_TOKENS
         for request in self._prefilling():
-            segments = self._prefill(request, budget)
+            segments = self._prefill(request, min(budget, unscored) if request.scores_prompt else budget)
             if not segments:
                 break
             batch += segments
-            budget -= sum(segment.num_tokens for segment in segments)
+            num_tokens = sum(segment.num_tokens for segment in segments)
+            budget -= num_tokens
+            unscored -= num_tokens if request.scores_prompt else 0
         return sorted(batch, key=lambda segment: segment.form)
 
-    def commit(self, batch: list[Segment]) -> list[Segment]:
+    def commit(self, batch: list[Segment]) -> list[int]:
         """Move the cursors of a step that has been computed, over the tokens that were known.
 
         Returns:
-            The segments after which all known tokens of their requests are computed, in order.
+            The places in the batch of the segments after which all known tokens of their requests are computed.
         """
         complete = []
-        for segment in batch:
+        for place, segment in enumerate(batch):
             request, form = segment.request, segment.form
             num_tokens = segment.num_tokens - len(segment.draft.token_ids)
             assert request.row is not None
@@ -133,7 +139,7 @@ class Scheduler:
             elif form in (LinearForm.BUFFERED, LinearForm.APPENDED, LinearForm.VERIFIED):
                 self.memory.fill[request.row] += num_tokens
             if request.num_computed_tokens == len(request.token_ids):
-                complete.append(segment)
+                complete.append(place)
         for request in {segment.request for segment in batch if segment.form is LinearForm.CHUNKED}:
             self._leave_checkpoint(request)
         return complete
@@ -247,20 +253,28 @@ class Scheduler:
 
     def _is_being_computed(self, request: Request) -> bool:
         """Return whether a running request computes the same prompt, and will leave all but its last token to share."""
-        return self.memory.prefixes is not None and any(
-            other.num_computed_tokens < other.num_prefill_tokens - 1
-            and other.token_ids == request.token_ids
-            and other.options.cache_salt == request.options.cache_salt
-            for other in self.running
+        return (
+            not request.scores_prompt
+            and self.memory.prefixes is not None
+            and any(
+                other.num_computed_tokens < other.num_prefill_tokens - 1
+                and other.token_ids == request.token_ids
+                and other.options.cache_salt == request.options.cache_salt
+                for other in self.running
+            )
         )
 
     def _num_cached_tokens(self, request: Request) -> int:
+        if request.scores_prompt:
+            return 0
         return self.memory.num_cached_tokens(request.token_ids, request.options.cache_salt)
 
     def _admit(self, request: Request) -> bool:
         if self._is_being_computed(request):
             return False
-        admission = self.memory.admit(request.token_ids, request.options.cache_salt, request.max_len)
+        admission = self.memory.admit(
+            request.token_ids, request.options.cache_salt, request.max_len, reuse=not request.scores_prompt
+        )
         if isinstance(admission, str):
             if not self.delays[admission]:
                 logger.info("Requests wait for want of %s; metrics count for how many steps.", admission)

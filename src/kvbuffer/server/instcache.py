@@ -174,7 +174,7 @@ class InstCache:
             return "personalised"
         if body.tools:
             return "tools"
-        if params.logprobs is not None:
+        if params.logprobs is not None or params.prompt_logprobs is not None:
             return "logprobs"
         if params.n > 1:
             return "several_choices"

@@ -96,7 +96,6 @@ class SamplingBody(RequestBody):
         "kv_transfer_params": (None,),
         "length_penalty": (None, 1.0),
         "logits_processors": (None,),
-        "prompt_logprobs": (None,),
         "repetition_detection": (None,),
         "return_tokens_as_token_ids": (None, False),
         "spaces_between_special_tokens": (None, True),
@@ -121,6 +120,8 @@ class SamplingBody(RequestBody):
     ignore_eos: bool = False
     max_tokens: int | None = None
     min_tokens: int | None = None
+    #: vLLM: log-probabilities of the prompt's tokens, each with as many of the most likely ones.
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
     n: int | None = None
@@ -143,6 +144,8 @@ class SamplingBody(RequestBody):
     def _check_stream_options(self) -> SamplingBody:
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is allowed only when stream is true", "stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise invalid("prompt_logprobs cannot be streamed; leave out stream", "prompt_logprobs")
         return self
 
 
@@ -171,12 +174,6 @@ class CompletionRequest(SamplingBody):
     add_special_tokens: bool = True
     echo: bool = False
     logprobs: int | None = None
-
-    @model_validator(mode="after")
-    def _check_echo(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise invalid("echo with logprobs is not supported: there are no logprobs of prompts", "echo")
-        return self
 
 
 class TokenizeTextRequest(RequestBody):

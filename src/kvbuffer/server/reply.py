@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from json.encoder import encode_basestring_ascii as json_string
 from typing import Any
 
 from kvbuffer.engine.request import CompletionDelta, FinishReason, TokenLogprob
 from kvbuffer.errors import KVBufferError
 from kvbuffer.server.errors import APIError
-
-#: JSON has no infinity; this stands for the logprob of a token that cannot be drawn (vLLM's value).
-MIN_LOGPROB = -9999.0
+from kvbuffer.server.logprobs import TokenText, chat_logprobs, prompt_logprobs, text_logprobs
 
 END_OF_STREAM = b"data: [DONE]\n\n"
 
@@ -44,10 +42,11 @@ class Reply(ABC):
         *,
         num_prompts: int,
         choices_per_prompt: int,
-        token_text: Callable[[int], str],
+        token_text: TokenText,
         include_usage: bool = False,
         continuous_usage: bool = False,
         return_token_ids: bool = False,
+        return_prompt_logprobs: bool = False,
     ) -> None:
         self.request_id = request_id
         self.instcache_hit = False
@@ -59,11 +58,13 @@ class Reply(ABC):
         self._include_usage = include_usage
         self._continuous_usage = include_usage and continuous_usage
         self._return_token_ids = return_token_ids
+        self._return_prompt_logprobs = return_prompt_logprobs
         self._index = {f"{request_id}-{i}": i for i in range(num_choices)}
         self._last: list[CompletionDelta | None] = [None] * num_choices
         self._texts: list[list[str]] = [[] for _ in range(num_choices)]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(num_choices)]
         self._token_ids: list[list[int]] = [[] for _ in range(num_choices)]
+        self._prompt_logprobs: list[list[TokenLogprob] | None] = [None] * num_choices
         head = json.dumps({"id": request_id, "object": self.chunk_object_name} | self._common_fields())
         self._chunk_head = f'data: {head[:-1]}, "choices": ['
         self._chunk_tail = '], "usage": null}\n\n' if include_usage else "]}\n\n"
@@ -109,6 +110,8 @@ class Reply(ABC):
             index = self._account(delta)
             self._texts[index].append(delta.text)
             self._logprobs[index].extend(delta.logprobs or ())
+            if delta.prompt_logprobs is not None:
+                self._prompt_logprobs[index] = delta.prompt_logprobs
             if self._return_token_ids:
                 self._token_ids[index].extend(delta.token_ids)
 
@@ -125,7 +128,12 @@ class Reply(ABC):
                 choice["token_ids"] = self._token_ids[index]
             choices.append(choice)
         fields = {"id": self.request_id, "object": self.object_name} | self._common_fields()
-        return json.dumps(fields | {"choices": choices, "usage": self.usage()}).encode("ascii")
+        fields |= {"choices": choices, "usage": self.usage()} | self._last_fields()
+        return json.dumps(fields).encode("ascii")
+
+    def _last_fields(self) -> dict[str, Any]:
+        """Return fields that only one kind of whole answer has."""
+        return {}
 
     def usage(self) -> dict[str, Any]:
         """Return the tokens so far; a prompt counts once, however many choices it has."""
@@ -162,6 +170,9 @@ class Reply(ABC):
         self._last[index] = delta
         return index
 
+    def _prompt_entries(self, index: int) -> list[Any]:
+        return prompt_logprobs(self._prompt_logprobs[index] or (), self._token_text)
+
     def _common_fields(self) -> dict[str, Any]:
         return {"created": self._created, "model": self._model}
 
@@ -190,7 +201,7 @@ class ChatReply(Reply):
         if not self._started[index]:
             self._started[index] = True
             role = '"role": "assistant", '
-        logprobs = "null" if delta.logprobs is None else json.dumps(self._chat_logprobs(delta.logprobs))
+        logprobs = "null" if delta.logprobs is None else json.dumps(chat_logprobs(delta.logprobs, self._token_text))
         return (
             f'{{"index": {index}, "delta": {{{role}"content": {json_string(delta.text)}}}, '
             f'"logprobs": {logprobs}, {self._ending(delta)}'
@@ -201,38 +212,45 @@ class ChatReply(Reply):
         return {
             "index": index,
             "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None if logprobs is None else self._chat_logprobs(logprobs),
+            "logprobs": None if logprobs is None else chat_logprobs(logprobs, self._token_text),
         }
 
-    def _chat_logprobs(self, logprobs: Iterable[TokenLogprob]) -> dict[str, Any]:
-        content = [
-            self._token_entry(token.token_id, token.logprob)
-            | {"top_logprobs": [self._token_entry(*candidate) for candidate in token.top]}
-            for token in logprobs
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token_entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._token_text(token_id)
-        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(text.encode())}
+    def _last_fields(self) -> dict[str, Any]:
+        return {"prompt_logprobs": self._prompt_entries(0)} if self._return_prompt_logprobs else {}
 
 
 class CompletionReply(Reply):
-    """Answers ``/v1/completions``; ``echoes`` holds the text of each of ``prompts`` to repeat, or ""."""
+    """Answers ``/v1/completions``.
+
+    Args:
+        prompts: their tokens.
+        echoes: the text of each prompt that is to be repeated, or "".
+        echo_logprobs: whether log-probabilities are repeated, too.
+    """
 
     object_name = "text_completion"
     chunk_object_name = "text_completion"
 
-    def __init__(self, *args: Any, prompts: list[list[int]], echoes: list[str], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        prompts: list[list[int]],
+        echoes: list[str],
+        echo_logprobs: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, num_prompts=len(prompts), **kwargs)
         self._prompts = prompts
+        self._echo_logprobs = echo_logprobs
         self._echoes = [echo for echo in echoes for _ in range(self._choices_per_prompt)]
         self._text_offsets = [0] * len(self._index)
 
     def choice_chunk(self, index: int, delta: CompletionDelta) -> str:
         """Return a chunk's choice; the first one of a choice repeats the prompt if that was asked for."""
         echo, self._echoes[index] = self._echoes[index], ""
-        logprobs = "null" if delta.logprobs is None else json.dumps(self._text_logprobs(index, delta.logprobs))
+        logprobs = "null"
+        if delta.logprobs is not None:
+            logprobs = json.dumps(self._text_logprobs(index, delta.prompt_logprobs, delta.logprobs))
         return (
             f'{{"index": {index}, "text": {json_string(echo + delta.text)}, '
             f'"logprobs": {logprobs}, {self._ending(delta)}'
@@ -243,27 +261,25 @@ class CompletionReply(Reply):
         choice = {
             "index": index,
             "text": self._echoes[index] + text,
-            "logprobs": None if logprobs is None else self._text_logprobs(index, logprobs),
+            "logprobs": None,
         }
+        if logprobs is not None:
+            choice["logprobs"] = self._text_logprobs(index, self._prompt_logprobs[index], logprobs)
         if self._return_token_ids:
-            choice["prompt_token_ids"] = self._prompts[index // self._choices_per_prompt]
+            choice["prompt_token_ids"] = self._prompt(index)
+        if self._return_prompt_logprobs:
+            choice["prompt_logprobs"] = self._prompt_entries(index)
         return choice
 
-    def _text_logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        tokens = [self._token_text(token.token_id) for token in logprobs]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._text_offsets[index])
-            self._text_offsets[index] += len(token)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in logprobs],
-            "top_logprobs": [
-                {
-                    self._token_text(token_id): max(logprob, MIN_LOGPROB)
-                    for token_id, logprob in [*token.top, (token.token_id, token.logprob)]
-                }
-                for token in logprobs
-            ],
-            "text_offset": offsets,
-        }
+    def _prompt(self, index: int) -> list[int]:
+        return self._prompts[index // self._choices_per_prompt]
+
+    def _text_logprobs(
+        self, index: int, of_prompt: Sequence[TokenLogprob] | None, of_output: Sequence[TokenLogprob]
+    ) -> dict[str, Any]:
+        first, shown = None, of_output
+        if self._echo_logprobs and of_prompt is not None:
+            first, shown = self._prompt(index)[0], [*of_prompt, *of_output]
+        fields = text_logprobs(shown, self._token_text, self._text_offsets[index], first)
+        self._text_offsets[index] += sum(map(len, fields["tokens"]))
+        return fields

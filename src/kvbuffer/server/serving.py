@@ -28,7 +28,7 @@ _SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),
-    "skip_special_tokens",
+    *("skip_special_tokens", "prompt_logprobs"),
 )
 
 
@@ -84,8 +84,7 @@ class Serving:
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
         encoded = iter(await self.prompts.encode(texts, body.add_special_tokens))
         prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
-        max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        params = _sampling_params(body, self.engine.engine.generation_defaults, max_tokens, body.logprobs)
+        params = completion_sampling_params(body, self.engine.engine.generation_defaults)
         reply = CompletionReply(
             request_id("cmpl", body),
             self.model_name,
@@ -93,6 +92,7 @@ class Serving:
             token_text=self.token_text,
             prompts=prompts,
             echoes=[self._echo(body, prompt) for prompt in body.prompt],
+            echo_logprobs=body.echo and body.logprobs is not None,
             **reply_options(body),
         )
         return await self._answer(body, request, prompts, params, reply)
@@ -141,6 +141,22 @@ def chat_sampling_params(body: ChatCompletionRequest, defaults: Mapping[str, Any
     return _sampling_params(body, defaults, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
 
 
+def completion_sampling_params(body: CompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
+    """Return a completion's parameters: the request's, else the model's own defaults, else the usual ones.
+
+    Raises:
+        InvalidRequestError: one is out of range.
+    """
+    max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if body.echo and (body.logprobs is not None or max_tokens == 0):
+        # The prompt is scored for what is repeated of it; without a token of output, it is all there is to compute.
+        scored = max(body.prompt_logprobs or 0, body.logprobs or 0)
+        return _sampling_params(
+            body.model_copy(update={"prompt_logprobs": scored}), defaults, max_tokens, body.logprobs
+        )
+    return _sampling_params(body, defaults, max_tokens, body.logprobs)
+
+
 def _sampling_params(
     body: SamplingBody, defaults: Mapping[str, Any], max_tokens: int | None, num_logprobs: int | None
 ) -> SamplingParams:
@@ -157,7 +173,10 @@ def request_id(prefix: str, body: SamplingBody) -> str:
 
 def reply_options(body: SamplingBody) -> dict[str, bool]:
     """Return what a request says about the form of its answer, as options of ``Reply``."""
-    options = {"return_token_ids": bool(body.return_token_ids)}
+    options = {
+        "return_token_ids": bool(body.return_token_ids),
+        "return_prompt_logprobs": body.prompt_logprobs is not None,
+    }
     if body.stream_options is not None:
         options["include_usage"] = bool(body.stream_options.include_usage)
         options["continuous_usage"] = bool(body.stream_options.continuous_usage_stats)

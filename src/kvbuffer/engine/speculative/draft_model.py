@@ -227,7 +227,7 @@ class DraftModelDrafter(Drafter):
 
     def _run(self, batch: Sequence[Segment]) -> list[Request]:
         """Compute a batch; return the shadows whose tokens are now all computed, each with one more guess."""
-        logits, _ = self.runner.run(batch)
+        logits = self.runner.run(batch).logits
         complete = []
         for segment in batch:
             shadow = segment.request
