@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 
 from kvbuffer.cache.memory import RequestMemory
 from kvbuffer.cache.plan import attention_pages, record_pages
+from kvbuffer.cache.pools import MEMORY, Counts
 from tests.support.memories import admit, plan
 
 
@@ -38,3 +42,16 @@ def test_without_memory_nothing_changes(tokens: int, slots: int, attention: int,
     assert memory.admit([1] * tokens) == short
     assert [pool.num_free for pool in memory.pools[:4]] == before
     assert memory.rows.num_used == 0
+
+
+@pytest.mark.parametrize(("other", "fits"), [(48, True), (49, False)])
+def test_records_make_room_for_the_state_that_they_will_be_folded_into(other: int, fits: bool) -> None:
+    # The first request lives on 32 records, 2 pages, until it needs a state: one of them will be free for that.
+    sizes = plan(record_dtype=torch.bfloat16)
+    each = sizes.block_bytes
+    assert 0 < each.record_page < each.slot
+    first = each.of(Counts(0, 2, 1, 2)) + each.slot - each.record_page
+    second = each.of(Counts(1, 1, 1, 3))
+    memory = RequestMemory(dataclasses.replace(sizes, budget=first + second))
+    admit(memory, [1] * 32, max_len=100)
+    assert (memory.admit([2] * other) == MEMORY) is not fits

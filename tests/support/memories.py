@@ -14,8 +14,8 @@ def plan(slots: int = 4, pages: int = 20, **options: Any) -> MemoryPlan:
     return sized_plan(slots, pages, buffer_len=8, kv_only_len=40, **options)
 
 
-def admit(memory: RequestMemory, tokens: list[int]) -> tuple[int, int]:
+def admit(memory: RequestMemory, tokens: list[int], max_len: int = 0) -> tuple[int, int]:
     """Admit a request; return its row, and how many of its tokens were cached."""
-    admission = memory.admit(tokens)
+    admission = memory.admit(tokens, max_len=max_len)
     assert not isinstance(admission, str), admission
     return admission.row, admission.match.num_tokens

@@ -19,9 +19,10 @@ class BlockAllocator:
     def __init__(self, pools: Pools, prefixes: PrefixCache | None) -> None:
         self._pools, self._prefixes = pools, prefixes
 
-    def shortage(self, wanted: Counts) -> str | None:
-        """Return the name of what there is too little of for so many blocks more; None if there is enough."""
-        return self._pools.shortage(wanted) if self._prefixes is None else self._prefixes.shortage(wanted)
+    def shortage(self, wanted: Counts, reserved: int = 0) -> str | None:
+        """Return what there is too little of for so many blocks, and ``reserved`` bytes, more; None if enough."""
+        source = self._pools if self._prefixes is None else self._prefixes
+        return source.shortage(wanted, reserved)
 
     def can_take(self, **counts: int) -> bool:
         """Return whether so many blocks of each kind can be taken; negative counts are given back before."""

@@ -110,9 +110,16 @@ class RequestMemory(RequestTables):
 
     def _shortage_beside(self, match: PrefixMatch, need: Need) -> str | None:
         """Return what there is too little of for a request, the states counted that it and others will need later."""
-        slots = need.slot + need.slot_later + sum(self._needs_slot)
+        # Record pages that only a request without a state has make room for it, all but one for the next record.
+        own = [self._num_own_pages(row) for row in np.flatnonzero(self._needs_slot).tolist()]
+        own += [need.record_pages] * need.slot_later
+        each, slots = self.plan.block_bytes, self.pools.slots
+        reserved = sum(max(0, each.slot - max(0, pages - 1) * each.record_page) for pages in own)
         self.pools.share(match.blocks)  # so that they do not count as evictable
-        short = self._allocator.shortage(Counts(slots, need.record_pages, 1, need.attention_pages))
+        wanted = Counts(need.slot, need.record_pages, 1, need.attention_pages)
+        short = self._allocator.shortage(wanted, reserved)
+        if short is None and need.slot + len(own) > slots.num_free + slots.num_idle:
+            short = slots.name
         self.pools.give_back(match.blocks)
         return short
 

@@ -89,15 +89,19 @@ class Pools(NamedTuple):
         pool = self.by_kind(kind)
         return min(pool.num_free, self.free_bytes // pool.block_bytes) if pool.block_bytes else pool.num_free
 
-    def shortage(self, wanted: Counts) -> str | None:
+    def shortage(self, wanted: Counts, reserved: int = 0) -> str | None:
         """Return the name of what there is too little of for so many blocks more; None if there is enough.
 
         Idle blocks count as there, for they can be evicted. Negative counts are blocks that are given back.
+
+        Args:
+            wanted: how many of each kind.
+            reserved: bytes that have to be there besides.
         """
         for pool, count in zip(self.all, wanted, strict=True):
             if count > pool.num_free + pool.num_idle:
                 return pool.name
-        return MEMORY if self.bytes_of(wanted) > self.free_bytes + self.idle_bytes else None
+        return MEMORY if self.bytes_of(wanted) + reserved > self.free_bytes + self.idle_bytes else None
 
     def pairs(self, blocks: Blocks) -> Iterator[tuple[BlockPool, tuple[int, ...]]]:
         """Go through the pools with their part of ``blocks``."""

@@ -213,10 +213,10 @@ class PrefixCache:
         self._pins.release_expired()
         return self.pools.by_kind(kind).num_idle
 
-    def shortage(self, wanted: Counts) -> str | None:
+    def shortage(self, wanted: Counts, reserved: int = 0) -> str | None:
         """Return what :meth:`Pools.shortage` does, without what is pinned."""
         self._pins.release_expired()
-        return self.pools.shortage(wanted)
+        return self.pools.shortage(wanted, reserved)
 
     def pin(self, token_ids: Sequence[int], salt: str | None, until: float) -> bool:
         """Keep what a continuation of this text would start from, until a time of the cache's clock.
