@@ -17,6 +17,7 @@ class Tokenizer:
         folder: checkpoint folder.
 
     Attributes:
+        pretrained: transformers' tokenizer.
         vocab_size: token ids are below this.
         eos_token_id: the tokenizer's own end of sequence, if it has one.
         has_chat_template: whether :meth:`apply_chat_template` works without a template of the caller's.
@@ -27,22 +28,22 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.pretrained: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"no usable tokenizer in {folder}: {error}") from None
         # transformers takes as long again to look at the ids as this does to decode them, and that once per token.
-        self._backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
-        self.vocab_size: int = len(self._tokenizer)
-        self.eos_token_id: int | None = self._tokenizer.eos_token_id
-        self.has_chat_template: bool = bool(self._tokenizer.chat_template)
+        self._backend: Any = getattr(self.pretrained, "backend_tokenizer", None)
+        self.vocab_size: int = len(self.pretrained)
+        self.eos_token_id: int | None = self.pretrained.eos_token_id
+        self.has_chat_template: bool = bool(self.pretrained.chat_template)
 
     def has_same_tokens(self, other: Tokenizer) -> bool:
         """Return whether the two have the same tokens under the same ids."""
-        return bool(self._tokenizer.get_vocab() == other._tokenizer.get_vocab())
+        return bool(self.pretrained.get_vocab() == other.pretrained.get_vocab())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of ``text``."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = self.pretrained.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -51,7 +52,7 @@ class Tokenizer:
         if self._backend is not None:
             text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         else:
-            text = self._tokenizer.decode(
+            text = self.pretrained.decode(
                 ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
         return text
@@ -71,7 +72,7 @@ class Tokenizer:
         if not self.has_chat_template and "chat_template" not in kwargs:
             raise InvalidRequestError("this model has no chat template; use /v1/completions", "messages")
         try:
-            ids: list[int] = self._tokenizer.apply_chat_template(
+            ids: list[int] = self.pretrained.apply_chat_template(
                 messages,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,

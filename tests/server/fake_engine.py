@@ -18,6 +18,7 @@ from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReas
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.speculative.speculator import SpeculativeStats
 from kvbuffer.engine.stats import EngineStats, PoolStats
+from kvbuffer.engine.structured_outputs import StructuredOutputsParams
 from kvbuffer.errors import InvalidRequestError, QueueFullError
 
 EOS = 256
@@ -63,6 +64,14 @@ class FakeRequest:
     scheduled_at: float = 0.0
 
 
+class FakeGrammars:
+    """Compiles nothing, and finds fault with one regular expression."""
+
+    def compile(self, params: StructuredOutputsParams) -> None:
+        if params.regex == "(":
+            raise InvalidRequestError("structured output cannot be used: the parenthesis is open", "structured_outputs")
+
+
 @dataclass
 class FakeEngine:
     """Implements the engine's interface; the first attributes are the hooks."""
@@ -81,6 +90,7 @@ class FakeEngine:
     generation_defaults: dict[str, float | int] = field(default_factory=dict)
     config: Any = field(default_factory=lambda: SimpleNamespace(model="org/echo", served_model_name="echo"))
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    grammars: FakeGrammars = field(default_factory=lambda: FakeGrammars())
     requests: dict[str, FakeRequest] = field(default_factory=dict)
     seen: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
     options: list[RequestOptions] = field(default_factory=list)

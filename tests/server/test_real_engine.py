@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from tests.support.checkpoints import VOCAB_SIZE, make_checkpoint
@@ -90,6 +91,44 @@ def test_a_seed_fixes_each_of_n_choices(client: openai.OpenAI) -> None:
     assert texts[0] == texts[1]
     assert len(set(texts[0])) == 3
     assert texts[2] == texts[0][:1]
+
+
+class Ticket(pydantic.BaseModel):
+    """What the client wants to have."""
+
+    urgent: bool
+    kind: Literal["bug", "question"]
+
+
+def test_an_answer_has_the_form_of_the_clients_class(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Ticket, seed=1, max_tokens=400)
+    ticket = answer.choices[0].message.parsed
+    assert isinstance(ticket, Ticket)
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_an_answer_is_any_object(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_object"}
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, response_format=form, max_tokens=20)
+    assert (answer.choices[0].message.content or "").startswith("{")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_is_one_of_several(client: openai.OpenAI, stream: bool) -> None:
+    choice = {"structured_outputs": {"choice": ["bug", "question"]}}
+    answer: Any = client.completions.create(model="tiny", prompt="a", n=4, extra_body=choice, stream=stream)
+    texts = dict.fromkeys(range(4), "")
+    for chunk in answer if stream else [answer]:
+        for part in chunk.choices:
+            texts[part.index] += part.text
+    assert set(texts.values()) <= {"bug", "question"}
+
+
+def test_a_form_that_cannot_be_is_refused(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "bogus"}}}
+    with pytest.raises(openai.BadRequestError, match='Unsupported type "bogus"') as caught:
+        client.chat.completions.create(model="tiny", messages=HELLO, response_format=form)
+    assert caught.value.param == "response_format"
 
 
 def test_an_evaluation_scores_prompts_without_output(client: openai.OpenAI) -> None:

@@ -20,6 +20,7 @@ from kvbuffer.cache.store import reserve
 from kvbuffer.engine.config import DTYPES, STATE_DTYPES, EngineConfig
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
 from kvbuffer.engine.forms import FormPolicy
+from kvbuffer.engine.grammar import GrammarCompiler
 from kvbuffer.engine.loading import build_model, load_plan
 from kvbuffer.engine.output import Extension, extend_output, score_prompt
 from kvbuffer.engine.ranks import LeadingRunner, ProcessRanks
@@ -56,6 +57,7 @@ class Engine:
         max_model_len: longest request in tokens, prompt and output.
         eos_token_ids: tokens that end a request unless it ignores them.
         generation_defaults: the model's own sampling defaults, for requests that do not say.
+        grammars: compiles the grammars of structured outputs; for any thread.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Engine:
         if generation.get("do_sample") is False:
             self.generation_defaults = {"temperature": 0.0}
         self.eos_token_ids = _eos_token_ids(generation, model_config, tokenizer)
+        self.grammars = GrammarCompiler(tokenizer, model_config.vocab_size, self.eos_token_ids)
         self._ranks = ranks
         if ranks is not None:
             ranks.send(plan)
@@ -187,13 +190,15 @@ class Engine:
                     f"token id {token_id} is outside the vocabulary (0 to {vocab_size - 1})", "prompt"
                 )
         params.validate(vocab_size)
+        structure = params.structured_outputs
+        grammar = None if structure is None else self.grammars.compile(structure)
         request = Request(
             request_id,
             params,
             list(prompt_token_ids),
             len(prompt_token_ids),
             max_len,
-            SamplingState(params, prompt_token_ids, self.eos_token_ids),
+            SamplingState(params, prompt_token_ids, self.eos_token_ids, grammar),
             IncrementalDetokenizer(self.tokenizer, params),
             options,
         )

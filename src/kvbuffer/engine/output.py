@@ -95,7 +95,9 @@ def _ending(
     request: Request, token_id: int, eos_token_ids: Collection[int]
 ) -> tuple[str, FinishReason | None, str | int | None]:
     """Return the text that a new token adds, and whether and why the request ends with it."""
-    params = request.params
+    params, grammar = request.params, request.sampling.grammar
+    if grammar is not None and grammar.is_complete:
+        return "", FinishReason.STOP, None
     if request.num_output_tokens > params.min_tokens or not params.min_tokens:
         if token_id in params.stop_token_ids:
             return "", FinishReason.STOP, token_id

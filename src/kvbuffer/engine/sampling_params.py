@@ -9,6 +9,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kvbuffer.engine.structured_outputs import StructuredOutputsParams
 from kvbuffer.errors import InvalidRequestError
 
 #: Below this temperature the distribution is a single token in float32, so the arg max is taken instead.
@@ -50,6 +51,7 @@ class SamplingParams:
             only.
         min_tokens: end-of-sequence and stops are suppressed before this many output tokens.
         skip_special_tokens: whether special tokens are left out of the text.
+        structured_outputs: the form of the output, which then also says when it ends.
 
     Raises:
         InvalidRequestError: a value of the wrong type or out of range; ``param`` names the field.
@@ -74,6 +76,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._set("n", _integer("n", self.n, 1, MAX_CHOICES))
@@ -99,6 +102,10 @@ class SamplingParams:
             self._set("max_tokens", _integer("max_tokens", self.max_tokens, least, _MAX_COUNT))
         most = _MAX_COUNT if self.max_tokens is None else self.max_tokens
         self._set("min_tokens", _integer("min_tokens", self.min_tokens, 0, most, high_name="max_tokens"))
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise _invalid("structured_outputs", "StructuredOutputsParams", self.structured_outputs)
+        if self.structured_outputs is not None and self.min_tokens:
+            raise _invalid("min_tokens", "0 with structured outputs, whose form says when they end", self.min_tokens)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvbuffer.engine.grammar import Grammar
 from kvbuffer.engine.sampling_params import SamplingParams
 
 #: Uniforms drawn from the Philox stream at a time; four come from one counter value.
@@ -21,10 +22,18 @@ class SamplingState:
     Attributes:
         params: the request's parameters; ``n`` is ignored.
         num_output_tokens: output tokens appended so far.
+        grammar: the form of the output, None where it is free.
     """
 
-    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        eos_token_ids: Collection[int],
+        grammar: Grammar | None = None,
+    ) -> None:
         self.params = params
+        self.grammar = grammar
         self.num_output_tokens = 0
         self._seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         self._block_index = -1
@@ -43,6 +52,8 @@ class SamplingState:
         self.num_output_tokens += 1
         if self._penalties is not None:
             self._penalties.append(token_id)
+        if self.grammar is not None:
+            self.grammar.append(token_id)
 
     def uniform(self, position: int) -> float:
         """Return element ``position`` of the request's random stream, uniform in [0, 1)."""
@@ -56,19 +67,21 @@ class SamplingState:
     @property
     def edits_logits(self) -> bool:
         """Whether :meth:`edit_logits` would change anything at this point of the output."""
-        return self._penalties is not None or self._bias_ids.size > 0 or self._must_go_on
+        return self._penalties is not None or self.grammar is not None or self._bias_ids.size > 0 or self._must_go_on
 
     @property
     def _must_go_on(self) -> bool:
         return self.num_output_tokens < self.params.min_tokens and self._ending_ids.size > 0
 
     def edit_logits(self, logits: npt.NDArray[np.float32]) -> None:
-        """Apply penalties, logit bias and the ``min_tokens`` mask to ``logits`` [V] in place."""
+        """Apply penalties, logit bias and the masks of grammar and ``min_tokens`` to ``logits`` [V] in place."""
         if self._penalties is not None:
             self._penalties.apply(logits)
         logits[self._bias_ids] += self._bias
         if self._must_go_on:
             logits[self._ending_ids[self._ending_ids < logits.size]] = -np.inf
+        if self.grammar is not None:
+            self.grammar.mask(logits)
 
 
 class _Penalties:

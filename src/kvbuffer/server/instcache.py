@@ -236,6 +236,7 @@ def _is_neutral(params: SamplingParams) -> bool:
         and not params.stop_token_ids
         and not params.ignore_eos
         and not params.min_tokens
+        and params.structured_outputs is None
     )
 
 

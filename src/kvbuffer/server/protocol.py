@@ -38,7 +38,8 @@ class StrictModel(BaseModel):
             return data
         for name, neutral in cls.NEUTRAL_VALUES.items():
             if name in data and data[name] not in neutral:
-                raise invalid(f"{name} is not supported by this server; leave it out", name)
+                instead = "use structured_outputs" if name.startswith("guided_") else "leave it out"
+                raise invalid(f"{name} is not supported by this server; {instead}", name)
         return {name: value for name, value in data.items() if name not in cls.NEUTRAL_VALUES}
 
 
@@ -58,10 +59,36 @@ class StreamOptions(StrictModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseFormat(StrictModel):
-    """The form of the answer; only free text is implemented."""
+class JsonSchema(StrictModel):
+    """OpenAI's wrapping of a JSON schema. It is always kept to, strict or not."""
 
-    type: Literal["text"]
+    name: str
+    description: str | None = None
+    strict: bool | None = None
+    schema_: Annotated[dict[str, JsonValue] | bool, Field(alias="schema")]
+
+
+class ResponseFormat(StrictModel):
+    """OpenAI's way to ask for a form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise invalid("json_schema belongs to the type 'json_schema', which needs it", "response_format")
+        return self
+
+
+class StructuredOutputs(StrictModel):
+    """vLLM's way to ask for a form of the answer, by one of these."""
+
+    json_: Annotated[str | dict[str, JsonValue] | bool | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 def _stop_list(value: Any) -> Any:
@@ -99,7 +126,6 @@ class SamplingBody(RequestBody):
         "repetition_detection": (None,),
         "return_tokens_as_token_ids": (None, False),
         "spaces_between_special_tokens": (None, True),
-        "structured_outputs": (None,),
         "truncate_prompt_tokens": (None,),
         "use_beam_search": (None, False),
         "vllm_xargs": (None,),
@@ -128,6 +154,7 @@ class SamplingBody(RequestBody):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     #: vLLM: the ids of the tokens beside their text.
     return_token_ids: bool | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
@@ -144,6 +171,11 @@ class SamplingBody(RequestBody):
     def _check_stream_options(self) -> SamplingBody:
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is allowed only when stream is true", "stream_options")
+        if self.structured_outputs is not None and self.response_format not in (None, ResponseFormat(type="text")):
+            raise invalid(
+                "response_format and structured_outputs both give the form of the answer; leave out one",
+                "response_format",
+            )
         if self.stream and self.prompt_logprobs is not None:
             raise invalid("prompt_logprobs cannot be streamed; leave out stream", "prompt_logprobs")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Mapping
 from functools import cache
@@ -12,6 +13,8 @@ from fastapi import Request, Response
 from kvbuffer.engine.async_engine import AsyncEngine, EngineInput
 from kvbuffer.engine.request import RequestOptions
 from kvbuffer.engine.sampling_params import SamplingParams
+from kvbuffer.engine.structured_outputs import StructuredOutputsParams
+from kvbuffer.errors import InvalidRequestError
 from kvbuffer.server.chat_protocol import ChatCompletionRequest
 from kvbuffer.server.errors import APIError
 from kvbuffer.server.instcache import InstCache, stored_response
@@ -97,6 +100,13 @@ class Serving:
         )
         return await self._answer(body, request, prompts, params, reply)
 
+    async def _compile(self, structure: StructuredOutputsParams, param: str) -> None:
+        """Compile a grammar, which can take seconds, so that it is at hand when the engine asks for it."""
+        try:
+            await asyncio.to_thread(self.engine.engine.grammars.compile, structure)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(str(error), param) from error
+
     def _echo(self, body: CompletionRequest, prompt: str | list[int]) -> str:
         if not body.echo:
             return ""
@@ -120,6 +130,9 @@ class Serving:
         params: SamplingParams,
         reply: Reply,
     ) -> Response:
+        if params.structured_outputs is not None:
+            param = "response_format" if body.structured_outputs is None else "structured_outputs"
+            await self._compile(params.structured_outputs, param)
         pairs = [(prompt, params.for_choice(i)) for prompt in prompts for i in range(params.n)]
         options = RequestOptions(body.priority or 0, body.user or "", body.cache_salt, body.cache_ttl or 0.0)
         inputs = [
@@ -162,8 +175,19 @@ def _sampling_params(
 ) -> SamplingParams:
     fields = dict(defaults)
     fields |= {name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
-    fields |= {"max_tokens": max_tokens, "logprobs": num_logprobs}
+    fields |= {"max_tokens": max_tokens, "logprobs": num_logprobs, "structured_outputs": _structure(body)}
     return SamplingParams(**fields)
+
+
+def _structure(body: SamplingBody) -> StructuredOutputsParams | None:
+    """Return the form that a request gives for its answer."""
+    if body.structured_outputs is not None:
+        return StructuredOutputsParams(**body.structured_outputs.model_dump(by_alias=True))
+    if body.response_format is None or body.response_format.type == "text":
+        return None
+    if body.response_format.json_schema is None:
+        return StructuredOutputsParams(json_object=True)
+    return StructuredOutputsParams(json=body.response_format.json_schema.schema_)
 
 
 def request_id(prefix: str, body: SamplingBody) -> str:
