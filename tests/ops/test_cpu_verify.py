@@ -87,6 +87,16 @@ def test_every_family_and_dtype(rng: Generator, rule: UpdateRule, state_dtype, r
         check_against_portable(pool, tokens, slots, lengths, parents, BOUNDS[record_dtype])
 
 
+@pytest.mark.parametrize("v", [32, 96, 128])
+@pytest.mark.parametrize("length", [1, 5, 13, 40])
+def test_int8_states_in_integers(rng: Generator, v: int, length: int) -> None:
+    """Rows of whole words are multiplied as integers; what that rounds is far below what the state has lost."""
+    dims = (1, 2, 40, v)
+    pool = filled_pool(rng, GATED_DELTANET, [3, 0], length, dims, 4, state_dtype=torch.int8)
+    tokens = make_tokens(rng, GATED_DELTANET, 2 * length, *dims)
+    check_against_portable(pool, tokens, pool.slots, [length, length], None, 1e-4)
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     rule=st.sampled_from(RULES),

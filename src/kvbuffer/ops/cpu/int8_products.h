@@ -17,20 +17,28 @@ constexpr int64_t kIntegerRows = 512;
 // Columns that are worked on together.
 constexpr int64_t kIntegerColumns = 32;
 
-// Elements 2 i and 2 i + 1 of a vector, as 16-bit integers of one word each; those past n are zero. Returns what one
-// unit is worth.
-static inline float quantise_pairs(const float* x, int64_t n, int32_t* pairs) {
-  Vec largest{};
-  for_vectors(x, n, [&](int64_t, Vec e) {
-    const Vec size = (Vec)((VecI)e & 0x7fffffff);
-    largest = (Vec)((VecI)size > (VecI)largest ? (VecI)size : (VecI)largest);
-  });
-  const float unit = hmax(largest) / 32767.f, inverse = unit > 0.f ? 1.f / unit : 0.f;
-  for_vectors(x, n, [&](int64_t r, Vec e) {
-    const __m256i words = _mm512_maskz_cvtsepi32_epi16(0xffff, _mm512_maskz_cvtps_epi32(0xffff, (__m512)(e * inverse)));
-    std::memcpy(pairs + r / 2, &words, sizeof(words));
-  });
+// Elements 2 i and 2 i + 1 of a vector [padded(n)], as 16-bit integers of one word each. Its vectors of kLanes elements
+// are `stride` apart. Returns what one unit is worth.
+static inline float quantise_pairs(const float* x, int64_t stride, int64_t n, int32_t* pairs) {
+  VecI largest{};
+  for (int64_t i = 0; i * kLanes < n; ++i) {
+    const VecI size = (VecI)load(x + i * stride) & 0x7fffffff;
+    largest = size > largest ? size : largest;
+  }
+  const float unit = hmax((Vec)largest) / 32767.f, inverse = unit > 0.f ? 1.f / unit : 0.f;
+  for (int64_t i = 0; i * kLanes < n; ++i) {
+    const __m512 units = (__m512)(load(x + i * stride) * inverse);
+    const __m256i words = _mm512_maskz_cvtsepi32_epi16(0xffff, _mm512_maskz_cvtps_epi32(0xffff, units));
+    std::memcpy(pairs + i * kLanes / 2, &words, sizeof(words));
+  }
   return unit;
+}
+
+// sums += the products of two rows' elements with one pair. GCC has the intrinsic's result in another register than the
+// sums it is given, and copies all of them with every row.
+static inline __m512i add_pair_products(__m512i sums, __m512i rows, __m512i pair) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(rows), "v"(pair));
+  return sums;
 }
 
 // out[x] += sum over r < n <= kIntegerRows of x[r] * rows[r], as add_products; V is a multiple of kIntegerColumns.
@@ -68,8 +76,8 @@ KVB_SINGLE_COPY void add_integer_products(const int8_t* rows, int64_t n, int64_t
 #pragma GCC unroll 16
         for (int x = 0; x < NX; ++x) {
           const __m512i factor = _mm512_set1_epi32(pairs[x * (kIntegerRows / 2) + r / 2]);
-          low[x][b] = _mm512_dpwssd_epi32(low[x][b], lows, factor);
-          high[x][b] = _mm512_dpwssd_epi32(high[x][b], highs, factor);
+          low[x][b] = add_pair_products(low[x][b], lows, factor);
+          high[x][b] = add_pair_products(high[x][b], highs, factor);
         }
       }
     }

@@ -25,11 +25,12 @@ inline State<S> state_of(const StatePool& pool, const Shape& shape, int64_t slot
   return {static_cast<S*>(pool.data) + head * shape.K * shape.V, pool.scales ? pool.scales + head * shape.K : nullptr};
 }
 
-// The state that the next task reads. A fold takes long enough to fetch all of it. Beside rows that are only read, the
-// fewer lines of it are fetched the longer memory takes for it, so that there are two a row whatever the type.
+// The state that the next task reads. A fold or a verification takes long enough to fetch `all` of it. Beside rows that
+// are only read once, the fewer lines of it are fetched the longer memory takes for it, so that there are two a row
+// whatever the type.
 template <class S>
-inline void expect_state(const State<S>& state, int64_t K, int64_t V, bool folding, Ahead& ahead) {
-  ahead.expect(state.data, K * V * sizeof(S), folding ? 1 : sizeof(S));
+inline void expect_state(const State<S>& state, int64_t K, int64_t V, bool all, Ahead& ahead) {
+  ahead.expect(state.data, K * V * sizeof(S), all ? 1 : sizeof(S));
   if constexpr (State<S>::kQuantised) ahead.expect(state.scales, K * sizeof(float));
 }
 
@@ -53,7 +54,8 @@ inline void apply_row_scales(const State<S>& state, int64_t K, float* x) {
     for (int64_t r = 0; r < K; ++r) x[r] *= state.scales[r];
 }
 
-// out[x] += the vectors' products with a state [K, V], as add_products. The vectors have the rows' scales in them.
+// out[x] += the vectors' products with a state [K, V], as add_products. The vectors [padded(K)] have the rows' scales in
+// them.
 template <int NX, class S>
 inline void add_state_products(const State<S>& state, int64_t K, int64_t V, const float* const (&x)[NX],
                                float* const (&out)[NX], Ahead& ahead) {
@@ -62,7 +64,7 @@ inline void add_state_products(const State<S>& state, int64_t K, int64_t V, cons
     if (V % kIntegerColumns == 0 && K <= kIntegerRows) {
       int32_t pairs[NX][kIntegerRows / 2];
       float units[NX];
-      for (int i = 0; i < NX; ++i) units[i] = quantise_pairs(x[i], K, pairs[i]);
+      for (int i = 0; i < NX; ++i) units[i] = quantise_pairs(x[i], kLanes, K, pairs[i]);
       return add_integer_products<NX>(state.data, K, V, *pairs, units, out, ahead);
     }
 #endif

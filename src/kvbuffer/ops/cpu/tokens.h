@@ -33,18 +33,19 @@ static inline void token_decay(const Tokens::Head& token, const Shape& shape, fl
 }
 
 // The vectors that a token reads with, as they meet what was there before it: decayed by the token's own decay. The
-// query comes last. Each is [padded(K)], filled up with zeros.
+// query comes last. Each is [padded(K)], filled up with zeros, its vectors of kLanes elements `stride` apart.
 template <int NX>
-inline void token_reads(const Tokens::Head& token, const Shape& shape, const float* decay, float* const (&x)[NX]) {
+inline void token_reads(const Tokens::Head& token, const Shape& shape, const float* decay, float* const (&x)[NX],
+                        int64_t stride = kLanes) {
   const auto decayed = [&](const float* from, float* to) {
-    for_vectors(from, shape.K, [&](int64_t r, Vec e) { store(to + r, load(decay + r) * e); });
+    for_vectors(from, shape.K, [&](int64_t r, Vec e) { store(to + r / kLanes * stride, load(decay + r) * e); });
   };
   decayed(token.q, x[NX - 1]);
   if constexpr (NX == 2) {
     if (token.beta)
       decayed(token.k, x[0]);
     else  // a removal reads the state before the token's decay
-      for_vectors(token.removal_read, shape.K, [&](int64_t r, Vec e) { store(x[0] + r, e); });
+      for_vectors(token.removal_read, shape.K, [&](int64_t r, Vec e) { store(x[0] + r / kLanes * stride, e); });
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -166,23 +167,25 @@ static inline void load_pair(const bf16* p, Vec& even, Vec& odd) {
   even = (Vec)(words << 16);
   odd = (Vec)(words & 0xffff0000u);
 }
+
+#if defined(__clang__)
+#define KVB_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define KVB_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
+#endif
+
 template <class T>
 inline void in_order(Vec& first, Vec& second) {
   if constexpr (!std::is_same<T, bf16>::value) return;
-#if defined(__clang__)
-#define KVB_SHUFFLE(...) __builtin_shufflevector(first, second, __VA_ARGS__)
-#else
-#define KVB_SHUFFLE(...) __builtin_shuffle(first, second, VecI{__VA_ARGS__})
-#endif
 #if defined(__AVX512F__)
-  const Vec low = KVB_SHUFFLE(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const Vec high = KVB_SHUFFLE(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const Vec low = KVB_SHUFFLE(first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const Vec high = KVB_SHUFFLE(first, second, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #elif defined(__AVX__)
-  const Vec low = KVB_SHUFFLE(0, 8, 1, 9, 2, 10, 3, 11), high = KVB_SHUFFLE(4, 12, 5, 13, 6, 14, 7, 15);
+  const Vec low = KVB_SHUFFLE(first, second, 0, 8, 1, 9, 2, 10, 3, 11);
+  const Vec high = KVB_SHUFFLE(first, second, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
-  const Vec low = KVB_SHUFFLE(0, 4, 1, 5), high = KVB_SHUFFLE(2, 6, 3, 7);
+  const Vec low = KVB_SHUFFLE(first, second, 0, 4, 1, 5), high = KVB_SHUFFLE(first, second, 2, 6, 3, 7);
 #endif
-#undef KVB_SHUFFLE
   first = low;
   second = high;
 }
@@ -195,6 +198,24 @@ static inline float hsum(Vec v) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
+}
+
+// Of two vectors in groups of 2 * kWidth lanes: each group folded to its half, groups of the two in turns.
+template <int kWidth, int... kLane>
+inline __attribute__((always_inline)) Vec folded_halves(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  const Vec low = KVB_SHUFFLE(a, b, (kLane / kWidth % 2 * kLanes + kLane / kWidth / 2 * 2 * kWidth + kLane % kWidth)...);
+  const Vec high =
+      KVB_SHUFFLE(a, b, (kLane / kWidth % 2 * kLanes + kLane / kWidth / 2 * 2 * kWidth + kLane % kWidth + kWidth)...);
+  return low + high;
+}
+// Lane i is hsum(v(i)), for i < kLanes as a constant.
+template <int kWidth = 1, int kFirst = 0, class F>
+inline __attribute__((always_inline)) Vec hsum_each(F&& v) {
+  if constexpr (kWidth == kLanes)
+    return v(std::integral_constant<int, kFirst>());
+  else
+    return folded_halves<kWidth>(hsum_each<2 * kWidth, kFirst>(v), hsum_each<2 * kWidth, kFirst + kWidth>(v),
+                                 std::make_integer_sequence<int, kLanes>());
 }
 
 // The largest lane of a vector without negative ones: such floats are ordered as their bits are.

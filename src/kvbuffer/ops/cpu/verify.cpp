@@ -37,7 +37,8 @@ struct Verify {
 struct VerifyScratch {
   Scratch vectors, among, keys, values, answers;         // of a block
   Scratch old_keys, old_values, total, weights, scores;  // of the records before it
-  Scratch decay, reads[2], path, left, written;          // of a token
+  Scratch decay, path, left, written;                    // of a token
+  Ahead ahead;
 };
 
 // New tokens of one request that one value head works on together. "Stored" is as rounded to the records' type: what
@@ -95,11 +96,9 @@ void set_token(const Verify& v, const Block& block, int64_t value_head, int64_t 
     });
   });
   float *decay = scratch.decay.reserve(K), *x[NX];
-  for (int i = 0; i < NX; ++i) x[i] = scratch.reads[i].reserve(K);
+  for (int i = 0; i < NX; ++i) x[i] = block.vectors.at(t * NX + i, 0);
   token_decay(token, shape, decay);
-  token_reads(token, shape, decay, x);
-  for (int i = 0; i < NX; ++i)
-    for (int64_t r = 0; r < K; r += kLanes) store(block.vectors.at(t * NX + i, r), load(x[i] + r));
+  token_reads(token, shape, decay, x, block.vectors.piece());
 }
 
 // Both of these set the scores among the block's tokens and decay the vectors to the buffer's end. Going up a path, the
@@ -170,7 +169,7 @@ void read_before(const Verify& v, const Block& block, const Before& before, int6
   const Vectors scores{scratch.scores.reserve(count * padded(before.rows)), count};
   score_all(block.vectors, before.keys, before.rows, K, scores);
   std::fill_n(block.answers, count * V, 0.f);
-  add_all_products(before.values, before.rows, V, scores, 0, count, block.answers);
+  add_all_products(before.values, before.rows, V, scores, 0, count, block.answers, scratch.ahead);
   if (slot < 0) return;
   with_state_type(v.states, [&](auto type) {
     using S = decltype(type);
@@ -179,7 +178,7 @@ void read_before(const Verify& v, const Block& block, const Before& before, int6
     for (int64_t r = 0; r < K; r += kLanes)
       for (int64_t i = 0; i < count; ++i)
         store(block.vectors.at(i, r), load(before.total + r) * load(block.vectors.at(i, r)));
-    add_all_products(state.data, shape.K, V, block.vectors, 0, count, block.answers);
+    add_all_state_products(state, shape.K, V, block.vectors, block.answers, scratch.ahead);
   });
 }
 
@@ -190,49 +189,43 @@ void finish_token(const Verify& v, const Records<E>& records, const Block& block
   const int64_t V = shape.V, pairs = shape.pairs, record = block.before + t;
   float* answers[NX];
   for (int i = 0; i < NX; ++i) answers[i] = block.answers + (t * NX + i) * V;
-  add_all_products(block.values, t * pairs, V, block.among, t * NX, (t + 1) * NX, answers[0]);
-
-  // The rows of the next token lie in distant places: fetched meanwhile.
-  const auto token = [&](int64_t t) { return v.tokens.at(shape, block.first + t, records.value_head); };
-  float* out = v.out + ((block.first + t) * shape.HV + records.value_head) * V;
-  if (t + 1 < block.count) {
-    fetch<0>(token(t + 1).v, V);
-    fetch<1>(out + shape.HV * V, V);
-    fetch<1>(records.values(record + 1), pairs * V);
-  }
-
+  add_all_products(block.values, t * pairs, V, block.among, t * NX, (t + 1) * NX, answers[0],
+                   scratch.ahead);
+  const Tokens::Head token = v.tokens.at(shape, block.first + t, records.value_head);
   float* u = scratch.written.reserve(pairs * V);
-  token_write(token(t), shape, answers, u, out);
-  append_values(records, record, token(t), u);
+  token_write(token, shape, answers, u, v.out + ((block.first + t) * shape.HV + records.value_head) * V);
+  append_values(records, record, token, u);
   float* stored = block.values + t * pairs * V;
   for_vectors(records.values(record), pairs * V, [&](int64_t c, Vec e) { store(stored + c, e); });
 }
 
-// What is fetched of a state while the block's vectors are made, which takes about as long.
-constexpr int64_t kFirstBytes = 16 * 1024;
-struct FirstRows {
-  const char* begin;
-  int64_t size;
-};
-
-FirstRows first_rows(const Verify& v, int64_t slot, int64_t value_head) {
-  FirstRows rows{nullptr, 0};
+// Prepares to fetch what the task after this one reads while the vectors of this one's first block are multiplied.
+template <class E>
+void look_ahead(const Verify& v, int64_t task, int64_t end, int64_t rows, int64_t vectors, Ahead& ahead) {
+  const Shape& shape = v.shape;
+  ahead.clear();
+  if (task == end) return;
+  const int64_t request = task / shape.HV, value_head = task % shape.HV, slot = v.slots[request];
   if (slot >= 0)
     with_state_type(v.states, [&](auto type) {
-      using S = decltype(type);
-      rows.begin = reinterpret_cast<const char*>(state_of<S>(v.states, v.shape, slot, value_head).data);
-      rows.size = std::min<int64_t>(kFirstBytes, v.shape.K * v.shape.V * sizeof(S));
+      expect_state(state_of<decltype(type)>(v.states, shape, slot, value_head), shape.K, shape.V, true, ahead);
     });
-  return rows;
+  const int64_t first = v.cu_seqlens[request], count = v.cu_seqlens[request + 1] - first;
+  Records<E>(v.records, shape, request, value_head).expect(v.fill[request] + count, ahead);
+  for (int64_t token = first; token < first + count; ++token)
+    expect_token(v.tokens.at(shape, token, value_head), shape, v.out + (token * shape.HV + value_head) * shape.V, ahead);
+  ahead.spread(product_steps(rows, shape.V, vectors));
 }
 
 template <int NX, class E>
-void verify_head(const Verify& v, int64_t request, int64_t value_head, VerifyScratch& scratch) {
+void verify_head(const Verify& v, int64_t task, int64_t last, VerifyScratch& scratch) {
   const Shape& shape = v.shape;
+  const int64_t request = task / shape.HV, value_head = task % shape.HV;
   const Records<E> records(v.records, shape, request, value_head);
   const int64_t begin = v.cu_seqlens[request], end = v.cu_seqlens[request + 1], slot = v.slots[request];
-  const FirstRows rows = first_rows(v, slot, value_head);
   const int64_t step = v.parents ? end - begin : kChainBlock;
+  const int64_t rows = slot < 0 ? v.fill[request] * shape.pairs : shape.K;
+  look_ahead<E>(v, task + 1, last, rows, std::min(step, end - begin) * NX, scratch.ahead);
   for (int64_t first = begin; first < end; first += step) {
     const int64_t count = std::min(step, end - first), vectors = count * NX, keys = count * shape.pairs;
     const Block block{first,
@@ -245,19 +238,28 @@ void verify_head(const Verify& v, int64_t request, int64_t value_head, VerifyScr
                       scratch.keys.reserve(keys * padded(shape.K)),
                       scratch.values.reserve(keys * shape.V),
                       scratch.answers.reserve(vectors * shape.V)};
-    records.for_pages(0, block.before, [&](int64_t i, int64_t n) {  // read after that
-      fetch<0>(records.keys(i), n * shape.pairs * shape.K);
-      fetch<0>(records.values(i), n * shape.pairs * shape.V);
-    });
-    for (int64_t t = 0; t < count; ++t) {
-      fetch<0>(rows.begin + rows.size * t / count, rows.size / count);
-      set_token<NX, E>(v, block, value_head, t, scratch);
-    }
+    for (int64_t t = 0; t < count; ++t) set_token<NX, E>(v, block, value_head, t, scratch);
     const Before before = gather(records, block.before, scratch);
     shape.decay_width == 1 ? walk_paths<NX>(v, block, scratch) : walk_vector_paths<NX>(v, block, scratch);
     read_before(v, block, before, slot, value_head, scratch);
     for (int64_t t = 0; t < count; ++t) finish_token<NX>(v, records, block, t, scratch);
   }
+}
+
+// The first of the tasks, in their order, that a thread takes: as much work to each, though requests may have very
+// different numbers of tokens.
+int64_t task_at(const Verify& v, int64_t thread, int64_t threads) {
+  // Multiply-adds of a head by those of one vector with one row; reading the state counts as one token more.
+  const auto work = [&](int64_t request) {
+    const int64_t tokens = v.cu_seqlens[request + 1] - v.cu_seqlens[request];
+    return (tokens + 1) * (v.shape.K + 2 * v.fill[request] + tokens);
+  };
+  int64_t left = 0;
+  for (int64_t request = 0; request < v.requests; ++request) left += work(request);
+  left = left * v.shape.HV * thread / threads;
+  int64_t request = 0;
+  for (; request < v.requests && left >= work(request) * v.shape.HV; ++request) left -= work(request) * v.shape.HV;
+  return request * v.shape.HV + (request < v.requests ? left / work(request) : 0);
 }
 
 template <int NX, class E>
@@ -275,12 +277,9 @@ void verify(const Verify& v) {
       for (int64_t token = v.cu_seqlens[request], i = v.fill[request]; token < v.cu_seqlens[request + 1]; ++token, ++i)
         append_keys(records, i, v.tokens.at(shape, token, value_head));
     }
-    // Dynamic, because requests may have very different numbers of tokens; a few heads at a time, because the next
-    // one's state follows in memory and is on its way already.
-    const int64_t tasks = v.requests * shape.HV;
-    const int64_t heads = std::clamp<int64_t>(tasks / (8 * omp_get_num_threads()), 1, 4);
-#pragma omp for schedule(dynamic, heads)
-    for (int64_t task = 0; task < tasks; ++task) verify_head<NX, E>(v, task / shape.HV, task % shape.HV, scratch);
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t begin = task_at(v, thread, threads), end = task_at(v, thread + 1, threads);
+    for (int64_t task = begin; task < end; ++task) verify_head<NX, E>(v, task, end, scratch);
   }
 }
 

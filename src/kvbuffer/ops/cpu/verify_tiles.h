@@ -2,7 +2,7 @@
 //
 // Every element of a product with rows is one chain of multiply-adds in the order of the rows, whatever the tiles.
 #pragma once
-#include "rows.h"
+#include "states.h"
 
 namespace kvb {
 namespace {
@@ -13,16 +13,8 @@ constexpr int kTileSums = 24;
 #else
 constexpr int kTileSums = 12;
 #endif
-constexpr int kScoreTile = 4;
-
-// Rows that stay in the L1 cache while all vectors and columns pass over them. Meanwhile as many are fetched for the
-// next block.
-constexpr int64_t kRowBlockBytes = 8 * 1024;
-// Fetches n elements. Always inlined: taken by itself it has no effect that a compiler would see, and is left out.
-template <int kWrite, class T>
-inline __attribute__((always_inline)) void fetch(const T* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i, kWrite, 2);
-}
+// Keys and vectors whose scores are made together: as many as a vector has lanes.
+constexpr int kScoreKeys = 4, kScoreVectors = kLanes / kScoreKeys;
 
 // Vectors of K floats in pieces of kLanes, [padded(K) / kLanes, count, kLanes]: a tile of vectors is read at constant
 // offsets from one pointer.
@@ -52,81 +44,128 @@ inline void for_groups(int64_t n, F&& f) {
   }
 }
 
-// out[i, :] += sum over r < n of x[i][r] * rows[r, :] for NX vectors and NV vectors of columns. The same columns of the
-// rows `ahead` elements further on are fetched meanwhile.
+// out[i, :] += sum over r < n of x[i][r] * rows[r, :] for NX vectors and NV vectors of columns, a step ahead with each
+// row. The sums stay in registers from the first row to the last, so that rows are read once and may lie in the L2 cache.
 template <int NX, int NV, class S>
-void product_tile(const S* rows, int64_t n, int64_t V, int64_t ahead, const float* x, int64_t piece, float* out) {
-  Vec sums[NX][NV];
-#pragma GCC unroll 16
-  for (int i = 0; i < NX; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) sums[i][j] = load(out + i * V + j * kLanes);
+void product_tile(const S* rows, int64_t n, int64_t V, const float* x, int64_t piece, float* out, Ahead& ahead) {
+  Vec sums[NX][NV] = {};
   for (int64_t r = 0; r < n; r += kLanes, x += piece)
     for (int64_t k = 0; k < std::min<int64_t>(kLanes, n - r); ++k, rows += V) {
-      fetch<0>(rows + ahead, NV * kLanes);
+      ahead.step();
       Vec row[NV];
+      if constexpr (NV == 1)
+        row[0] = load(rows);
+      else
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j += 2) load_pair(rows + j * kLanes, row[j], row[j + 1]);
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) row[j] = load(rows + j * kLanes);
+      for (int j = 0; j < NV; ++j) row[j] = held(row[j]);
 #pragma GCC unroll 16
       for (int i = 0; i < NX; ++i) {
-        const Vec element = splat(x[i * kLanes + k]);
+        const Vec element = held(splat(x[i * kLanes + k]));
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) sums[i][j] += element * row[j];
       }
     }
 #pragma GCC unroll 16
-  for (int i = 0; i < NX; ++i)
+  for (int i = 0; i < NX; ++i) {
+    if constexpr (NV > 1)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j += 2) in_order<S>(sums[i][j], sums[i][j + 1]);
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) store(out + i * V + j * kLanes, sums[i][j]);
-}
-
-// out[i, :] += sum over r < n of x[i][r] * rows[r, :] for vectors begin to end - 1; rows [n, V], out [end - begin, V].
-// All rows but the first block are fetched ahead.
-template <class S>
-void add_all_products(const S* rows, int64_t n, int64_t V, const Vectors& x, int64_t begin, int64_t end, float* out) {
-  const int64_t block = padded(std::max<int64_t>(1, kRowBlockBytes / (V * sizeof(S))));
-  for (int64_t r = 0; r < n; r += block) {
-    const int64_t size = std::min(block, n - r), ahead = r + 2 * block <= n ? block * V : 0;
-    for_groups<kTileSums / 2>(end - begin, [&](int64_t i, auto vectors) {
-      constexpr int NX = decltype(vectors)::value, kFit = kTileSums / NX, NV = kFit >= 8 ? 8 : kFit >= 4 ? 4 : 2;
-      auto tile = [&](int64_t c, auto columns) {
-        product_tile<NX, decltype(columns)::value>(rows + r * V + c, size, V, ahead, x.at(begin + i, r), x.piece(),
-                                                   out + i * V + c);
-      };
-      int64_t c = 0;
-      for (; c + NV * kLanes <= V; c += NV * kLanes) tile(c, std::integral_constant<int, NV>());
-      for (; c < V; c += kLanes) tile(c, std::integral_constant<int, 1>());
-    });
+    for (int j = 0; j < NV; ++j) {
+      float* to = out + i * V + j * kLanes;
+      store(to, load(to) + sums[i][j]);
+    }
   }
 }
 
+// Vectors that are multiplied at once, and vectors of columns at a time for NX of them.
+constexpr int kTileVectors = kTileSums / 2;
+constexpr int tile_columns(int NX) { return kTileSums / NX >= 8 ? 8 : kTileSums / NX >= 4 ? 4 : 2; }
+
+// out[i, :] += sum over r < n of x[i][r] * rows[r, :] for vectors begin to end - 1; rows [n, V], out [end - begin, V].
+template <class S>
+void add_all_products(const S* rows, int64_t n, int64_t V, const Vectors& x, int64_t begin, int64_t end, float* out,
+                      Ahead& ahead) {
+  for_groups<kTileVectors>(end - begin, [&](int64_t i, auto vectors) {
+    constexpr int NX = decltype(vectors)::value, NV = tile_columns(NX);
+    auto tile = [&](int64_t c, auto columns) {
+      product_tile<NX, decltype(columns)::value>(rows + c, n, V, x.at(begin + i, 0), x.piece(), out + i * V + c, ahead);
+    };
+    int64_t c = 0;
+    for (; c + NV * kLanes <= V; c += NV * kLanes) tile(c, std::integral_constant<int, NV>());
+    for (; c < V; c += kLanes) tile(c, std::integral_constant<int, 1>());
+  });
+}
+
+// Steps ahead of a product of `count` vectors.
+int64_t product_steps(int64_t n, int64_t V, int64_t count) {
+  int64_t steps = 0;
+  for_groups<kTileVectors>(count, [&](int64_t, auto vectors) {
+    constexpr int64_t columns = tile_columns(decltype(vectors)::value) * kLanes;
+    steps += n * (V / columns + V % columns / kLanes);
+  });
+  return steps;
+}
+
+// out[i, :] += the vectors' products with a state [K, V], as add_all_products. The vectors have the rows' scales in them.
+template <class S>
+void add_all_state_products(const State<S>& state, int64_t K, int64_t V, const Vectors& x, float* out, Ahead& ahead) {
+#if defined(KVB_INT8_PRODUCTS)
+  if constexpr (State<S>::kQuantised)
+    if (V % kIntegerColumns == 0 && K <= kIntegerRows)
+      return for_groups<kTileVectors>(x.count, [&](int64_t first, auto vectors) {
+        constexpr int NX = decltype(vectors)::value;
+        int32_t pairs[NX][kIntegerRows / 2];
+        float units[NX], *to[NX];
+        for (int i = 0; i < NX; ++i) {
+          units[i] = quantise_pairs(x.at(first + i, 0), x.piece(), K, pairs[i]);
+          to[i] = out + (first + i) * V;
+        }
+        add_integer_products<NX>(state.data, K, V, *pairs, units, to, ahead);
+      });
+#endif
+  add_all_products(state.data, K, V, x, 0, x.count, out, ahead);
+}
+
+// Of NX vectors and NY keys, the scores; those of further keys, up to kScoreKeys, become 0.
 template <int NX, int NY>
 void score_tile(const Vectors& x, int64_t first, const float* keys, int64_t K, const Vectors& scores, int64_t column) {
   Vec sums[NX][NY] = {};
   const float* vectors = x.at(first, 0);
-  for (int64_t r = 0; r < K; r += kLanes, vectors += x.piece())
+  for (int64_t r = 0; r < K; r += kLanes, vectors += x.piece()) {
+    Vec elements[NX];
+#pragma GCC unroll 4
+    for (int i = 0; i < NX; ++i) elements[i] = held(load(vectors + i * kLanes));
 #pragma GCC unroll 4
     for (int j = 0; j < NY; ++j) {
-      const Vec key = load(keys + j * K + r);
+      const Vec key = held(load(keys + j * K + r));
 #pragma GCC unroll 4
-      for (int i = 0; i < NX; ++i) sums[i][j] += load(vectors + i * kLanes) * key;
+      for (int i = 0; i < NX; ++i) sums[i][j] += elements[i] * key;
     }
+  }
+  const Vec all = hsum_each([&](auto lane) {
+    constexpr int i = decltype(lane)::value / kScoreKeys, j = decltype(lane)::value % kScoreKeys;
+    if constexpr (i < NX && j < NY)
+      return sums[i][j];
+    else
+      return Vec{};
+  });
+  float lanes[kLanes];
+  store(lanes, all);
   float* out = scores.at(first, column / kLanes * kLanes) + column % kLanes;
-  for (int i = 0; i < NX; ++i)
-    for (int j = 0; j < NY; ++j) out[i * kLanes + j] = hsum(sums[i][j]);
+  for (int i = 0; i < NX; ++i) std::copy_n(lanes + i * kScoreKeys, kScoreKeys, out + i * kLanes);
 }
 
 // scores[i][j] = x[i] . keys[j] for n keys; keys [n, K], K being padded.
 void score_all(const Vectors& x, const float* keys, int64_t n, int64_t K, const Vectors& scores) {
-  auto tiles = [&](int64_t j, auto columns) {
-    for_groups<kScoreTile>(x.count, [&](int64_t i, auto vectors) {
-      score_tile<decltype(vectors)::value, decltype(columns)::value>(x, i, keys + j * K, K, scores, j);
+  for (int64_t j = 0; j < n; j += kScoreKeys)
+    with_constant<kScoreKeys>(std::min<int64_t>(n - j, kScoreKeys), [&](auto columns) {
+      for_groups<kScoreVectors>(x.count, [&](int64_t i, auto vectors) {
+        score_tile<decltype(vectors)::value, decltype(columns)::value>(x, i, keys + j * K, K, scores, j);
+      });
     });
-  };
-  // Tiles begin at multiples of their width, so that none lies across two pieces.
-  const int64_t whole = n / kScoreTile * kScoreTile;
-  for (int64_t j = 0; j < whole; j += kScoreTile) tiles(j, std::integral_constant<int, kScoreTile>());
-  for_groups<kScoreTile>(n - whole, [&](int64_t j, auto columns) { tiles(whole + j, columns); });
 }
 
 }  // namespace
