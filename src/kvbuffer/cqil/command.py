@@ -1,4 +1,4 @@
-"""The commands ``kvbuffer cqil profile`` and ``kvbuffer cqil plan``; torch is imported when one runs."""
+"""The commands ``kvbuffer cqil profile``, ``plan`` and ``recover``; torch is imported when one runs."""
 
 from __future__ import annotations
 
@@ -129,6 +129,50 @@ def plan(
         "ranks": ranks,
     }
     CqilPlan(checkpoint_id(folder), choice.groups, bypass, measured).save(out)
+
+
+@cqil.command()
+def recover(
+    model: Model,
+    data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder made by kvbuffer train prepare.")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder to write; must not exist.")],
+    plan: Annotated[Path, typer.Option(dir_okay=False, help="Plan made by kvbuffer cqil plan.")],
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 500,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters (LoRA).")] = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    warmup: Annotated[int, typer.Option(help="Steps of rising learning rate.")] = 20,
+    decay: Annotated[float, typer.Option(help="Share of the steps in which the rate falls.")] = 0.3,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 for matrix products.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of adapters and of the order of the data.")] = 0,
+    eval_sequences: Annotated[int, typer.Option(help="Held-out sequences to evaluate.")] = 64,
+    threads: Threads = None,
+) -> None:
+    """Train MODEL on DATA to make good what a plan costs in quality; OUT gets the new checkpoint and its plan."""
+    import torch
+    from transformers.utils import logging
+
+    from kvbuffer.cqil.plan import CqilPlan
+    from kvbuffer.cqil.recover import PLAN_FILE
+    from kvbuffer.cqil.recover import recover as train
+    from kvbuffer.models.weights import resolve_model
+    from kvbuffer.train.config import TrainConfig
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = TrainConfig(
+        data=data, out=out, model=resolve_model(model), steps=steps, batch_size=batch_size, seq_len=seq_len,
+        optimizer="adamw", lr=lr, weight_decay=0.0, warmup=warmup, decay=decay, precision=precision, seed=seed,
+        eval_sequences=eval_sequences,
+    )  # fmt: skip
+    before, after = train(options, CqilPlan.load(plan), rank)
+    print(f"KL from the model without the plan: {before.kl:.4f} -> {after.kl:.4f} nats")
+    print(f"held-out loss: {before.loss:.4f} -> {after.loss:.4f}")
+    print(f"same next token: {before.agreement:.1%} -> {after.agreement:.1%}")
+    print(f"to serve it: kvbuffer serve {out} --cqil {out / PLAN_FILE}")
 
 
 def parse_groups(text: str) -> tuple[tuple[int, ...], ...]:

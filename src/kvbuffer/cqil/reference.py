@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,14 +36,30 @@ def naive_group(
     """
     if x is not None:
         residual += x
+
+    def mlp(layer: DecoderLayer, seen: Tensor) -> Tensor:
+        return layer.mlp.forward(seen, residual.clone())
+
     mixed = [
         layer.mixer.forward(None, residual, inputs, cache)  # type: ignore[arg-type]  # a layer gets its kind of cache
         for layer, cache in zip(layers, caches, strict=True)
     ]
-    total = torch.zeros_like(residual)
-    for j, layer in enumerate(layers):
-        seen = mixed[j].clone()
-        for i in range(max(0, j - bypass), j):
-            seen += mixed[i]
-        total += mixed[j] + layer.mlp.forward(seen, residual.clone())
-    return total
+    return combine(mixed, [partial(mlp, layer) for layer in layers], bypass)
+
+
+def combine(mixed: Sequence[Tensor], mlps: Sequence[Callable[[Tensor], Tensor]], bypass: int) -> Tensor:
+    """Return what a group adds to the residual stream, Σ_j (a_j + m_j) as in :mod:`kvbuffer.models.group`.
+
+    Args:
+        mixed: a_j, the mixers' outputs, of one shape.
+        mlps: from the sum of the a_i that it sees, beside the stream, each makes its m_j.
+        bypass: D.
+    """
+    parts = list(mixed)
+    for j, mlp in enumerate(mlps):
+        parts.append(mlp(_sum(mixed[max(0, j - bypass) : j + 1])))
+    return _sum(parts)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(0)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kvbuffer.errors import KVBufferError
+from kvbuffer.train.workers import Workers
 
 # Not matrices between hidden features: looked up, or with a handful of outputs.
 _NOT_MUON = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "shared_expert_gate.weight")
@@ -80,6 +84,36 @@ class Optimizers:
             optimizer.load_state_dict(saved)
 
 
-def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scale the gradients so that their norm is at most ``limit``; return the norm that it was."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+def descend(
+    model: nn.Module,
+    optimizers: Optimizers,
+    minimised: Tensor,
+    shown: Tensor,
+    share: float,
+    clip: float,
+    among: Workers,
+) -> tuple[float, float]:
+    """Take one training step.
+
+    Args:
+        model: whose parameters are trained.
+        optimizers: of these.
+        minimised: this process's loss.
+        shown: the part of it that is reported.
+        share: of the peak learning rate.
+        clip: largest norm of the gradient.
+        among: the processes, whose gradients are averaged.
+
+    Returns:
+        The mean of ``shown`` over the processes, and the norm of the gradient.
+
+    Raises:
+        KVBufferError: either is not finite; nothing is changed then.
+    """
+    minimised.backward()
+    loss = float(among.average(model, shown.detach()))
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise KVBufferError(f"loss {loss}, gradient norm {norm}; lower lr")
+    optimizers.step(share)
+    return loss, norm

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbuffer.errors import KVBufferError
 from kvbuffer.train.checkpoints import read_config
 from kvbuffer.train.config import TrainConfig
 from kvbuffer.train.data import Batches, held_out_batches, read_info
 from kvbuffer.train.flops import step_flops
 from kvbuffer.train.model import build, complete_config, load, loss_of, parameters_of, set_parameters
 from kvbuffer.train.operators import LevelMap, interpolate
-from kvbuffer.train.optim import Optimizers, clip_gradients, learning_rate
+from kvbuffer.train.optim import Optimizers, descend, learning_rate
 from kvbuffer.train.plan import Stage, make_plan
 from kvbuffer.train.progress import Progress
 from kvbuffer.train.records import Position, RunFolder, read_training_state
@@ -156,12 +155,9 @@ class Run:
         share = learning_rate(position.step, stage.steps, stage.warmup, stage.decay)
         with self._autocast():
             losses = loss_of(self._model, batch)
-        losses.total.backward()
-        loss = float(self._workers.average(self._model, losses.cross_entropy.detach()))
-        norm = float(clip_gradients(self._model, options.clip))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise KVBufferError(f"loss {loss}, gradient norm {norm} at step {position.total + 1}; lower lr")
-        self._optimizers.step(share)
+        loss, norm = descend(
+            self._model, self._optimizers, losses.total, losses.cross_entropy, share, options.clip, self._workers
+        )
         self._position = Position(
             stage=position.stage,
             step=position.step + 1,

@@ -1,0 +1,136 @@
+"""Recovery of what a plan costs in quality, by self-distillation.
+
+A plan makes a model compute something else than it was trained for. Adapters on all its projections (LoRA) learn to
+make the grouped model's next-token distributions those of the same weights without groups, over a text: the loss is
+their divergence (Zou et al., ACL 2024). They are added to the weights at the end, since the server knows no adapters;
+the new checkpoint is for this plan alone.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvbuffer.cache.disk.identity import checkpoint_id
+from kvbuffer.cqil.plan import CqilPlan
+from kvbuffer.cqil.student import Student
+from kvbuffer.cqil.text import Quality
+from kvbuffer.errors import ConfigError
+from kvbuffer.models.config import ModelConfig
+from kvbuffer.models.mtp import WEIGHTS as MTP_WEIGHTS
+from kvbuffer.tokenizer import Tokenizer
+from kvbuffer.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from kvbuffer.train.config import TrainConfig
+from kvbuffer.train.data import Batches, held_out_batches, read_info
+from kvbuffer.train.model import load
+from kvbuffer.train.optim import Optimizers, descend, learning_rate
+from kvbuffer.train.progress import Progress
+from kvbuffer.train.workers import workers
+
+#: The plan's file in the folder of a recovered checkpoint.
+PLAN_FILE = "cqil.json"
+
+
+class Recovered(NamedTuple):
+    """Quality of the plan on held-out text, before and after; divergence is from the model as it was."""
+
+    before: Quality
+    after: Quality
+
+
+def recover(options: TrainConfig, plan: CqilPlan, rank: int, show_progress: bool = True) -> Recovered:
+    """Train the checkpoint ``options.model`` to compute its layers as ``plan`` groups them.
+
+    Writes the new checkpoint to ``options.out``, and the plan for it into that folder, as :data:`PLAN_FILE`.
+
+    Args:
+        options: as for training; stages, methods and checkpoints on the way do not apply.
+        plan: with at least one group.
+        rank: of the adapters.
+        show_progress: draw a progress bar.
+
+    Raises:
+        ConfigError: plan, data and model do not fit together, there is nothing to recover, or ``options.out`` exists.
+        ModelError: the model is of an architecture that cannot be trained.
+        KVBufferError: the loss is not finite.
+    """
+    _check(options, plan)
+    with workers(options.batch_size) as processes:
+        torch.manual_seed(options.seed)
+        student = Student(load(options.model), plan.groups, plan.bypass, rank)
+        optimizers = Optimizers(student.adapters, options.optimizer, options.lr, options.weight_decay)
+        batches = Batches(options.data, options.seq_len, options.batch_size, options.seed)
+        held_out = held_out_batches(options.data, options.seq_len, options.batch_size, options.eval_sequences)
+        before, begin = quality(student, held_out), time.perf_counter()
+        with Progress(options.steps, options, show_progress and processes.is_first) as progress:
+            for step in range(options.steps):
+                token_ids = batches.batch(step, processes.rank, processes.size)[:, :-1]
+                with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+                    loss = divergence(student.teacher_logits(token_ids), student.logits(token_ids))
+                share = learning_rate(step, options.steps, options.warmup, options.decay)
+                kl, _ = descend(student.adapters, optimizers, loss, loss, share, options.clip, processes)
+                seconds = time.perf_counter() - begin
+                progress.update("recovering", {"total": step + 1, "loss": kl, "seconds": seconds})
+        found = Recovered(before, quality(student, held_out))
+        if processes.is_first:
+            _write(options, plan, student.merge(), found)
+        processes.wait()
+    return found
+
+
+def divergence(own: Tensor, other: Tensor) -> Tensor:
+    """Return the mean divergence KL(own || other) of distributions given by logits [..., vocab_size], in nats."""
+    own, other = (logits.flatten(0, -2).log_softmax(-1) for logits in (own, other))
+    return F.kl_div(other, own, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def quality(student: Student, held_out: list[Tensor]) -> Quality:
+    """Return the student's quality over batches [rows, seq_len + 1] of tokens."""
+    rows = []
+    for batch in held_out:
+        own, other = student.teacher_logits(batch[:, :-1]), student.logits(batch[:, :-1])
+        loss = F.cross_entropy(other.flatten(0, 1), batch[:, 1:].flatten())
+        agreement = (own.argmax(-1) == other.argmax(-1)).float().mean()
+        rows.append(torch.stack([loss, divergence(own, other), agreement]) * len(batch))
+    return Quality(*(torch.stack(rows).sum(0) / sum(map(len, held_out))).tolist())
+
+
+def _check(options: TrainConfig, plan: CqilPlan) -> None:
+    plan.check(options.model, ModelConfig.from_folder(options.model))
+    if not plan.identity:
+        raise ConfigError("the CQIL plan groups no layers, so there is nothing to recover")
+    if options.out.exists():
+        raise ConfigError(f"{options.out} exists already; remove it or give another folder")
+    read_info(options.data)
+    if not Tokenizer(options.model).has_same_tokens(Tokenizer(options.data)):
+        raise ConfigError(
+            f"{options.data} was prepared with another tokenizer than the model's: prepare it with "
+            f"'kvbuffer train prepare TEXTS DATA --tokenizer {options.model}'"
+        )
+
+
+def _write(options: TrainConfig, plan: CqilPlan, model: Any, found: Recovered) -> None:
+    """Write the merged model as the checkpoint was: with its dtypes, and with what transformers does not load of it."""
+    source = read_checkpoint(options.model)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:
+        model.save_pretrained(folder)
+        merged = read_checkpoint(Path(folder)).parameters
+    kept = {name: tensor for name, tensor in source.parameters.items() if re.match(MTP_WEIGHTS, name)}
+    dtype = ModelConfig.from_folder(options.model).dtype
+    parameters = {
+        name: tensor.to(source.parameters[name].dtype if name in source.parameters else dtype)
+        for name, tensor in merged.items()
+    }
+    write_checkpoint(options.out, Checkpoint(source.config, {**kept, **parameters}), options.model)
+    measured = {name: value._asdict() for name, value in found._asdict().items()}
+    replace(plan, model=checkpoint_id(options.out), measured=measured).save(options.out / PLAN_FILE)

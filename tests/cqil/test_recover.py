@@ -1,0 +1,165 @@
+"""Self-distillation makes good what a plan costs; what it writes is served."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvbuffer.cache.disk.identity import checkpoint_id
+from kvbuffer.cli import app
+from kvbuffer.cqil.plan import CqilPlan
+from kvbuffer.cqil.recover import PLAN_FILE, Recovered, recover
+from kvbuffer.cqil.student import Student
+from kvbuffer.cqil.text import TextModel
+from kvbuffer.engine.config import EngineConfig
+from kvbuffer.engine.engine import Engine
+from kvbuffer.errors import ConfigError
+from kvbuffer.models.config import ModelConfig
+from kvbuffer.models.decoder import Decoder
+from kvbuffer.train.checkpoints import read_checkpoint
+from kvbuffer.train.config import TrainConfig
+from kvbuffer.train.data import prepare
+from kvbuffer.train.model import load
+from tests.cqil.conftest import TYPES
+from tests.support.checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.support.rank_worker import generate
+from tests.support.training import write_texts
+
+GROUPS, BYPASS = ((0, 1, 2), (4, 5, 6, 7)), 1
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("name", "bypass"), [("dense", 0), ("dense", 2), ("sparse", 1)])
+def test_the_student_computes_what_is_served(name: str, bypass: int, request: pytest.FixtureRequest) -> None:
+    """Without training: with groups as the served model with a plan, without them as the served model."""
+    folder = request.getfixturevalue(name)
+    token_ids = torch.randint(3, VOCAB_SIZE, (2, 70), generator=torch.Generator().manual_seed(1))
+    model = Decoder(folder, ModelConfig.from_folder(folder), torch.float32, 128, show_progress=False)
+    text, student = TextModel(model, token_ids), Student(load(folder), GROUPS, bypass, rank=2)
+    with torch.no_grad():
+        grouped, alone = student.logits(token_ids).flatten(0, 1), student.teacher_logits(token_ids).flatten(0, 1)
+    # Random layers that follow each other blow up the differences of rounding.
+    assert error(grouped, model.lm_head(text.hidden(GROUPS, bypass))) < 1e-2
+    assert error(alone, model.lm_head(text.hidden())) < 1e-2
+    assert error(grouped, alone) > 0.1
+
+
+def test_adapters_alone_learn_and_reach_every_projection(sparse: Path) -> None:
+    student = Student(load(sparse), GROUPS, BYPASS, rank=2)
+    student.logits(torch.randint(3, VOCAB_SIZE, (4, 40), generator=torch.Generator().manual_seed(1))).sum().backward()
+    learning = [name for name, parameter in student.model.named_parameters() if parameter.grad is not None]
+    assert all("parametrizations" in name for name in learning)
+    # Four or five of a mixer; three of a SwiGLU layer; two of stacked experts and three of the shared one.
+    assert len(student.adapters) == 4 * 3 + 4 * 4 + 2 * 3 + 6 * 5
+    assert all(adapter.up.grad is not None and adapter.up.grad.any() for adapter in student.adapters)
+
+
+@pytest.fixture(scope="module")
+def mtp_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recover")
+    return make_checkpoint(folder, "qwen3_5", num_hidden_layers=8, layer_types=TYPES, mtp=True)
+
+
+def prepared(folder: Path, tokenizer: Path) -> Path:
+    prepare(write_texts(folder / "texts"), folder / "data", vocab_size=300, held_out=0.2, tokenizer=tokenizer)
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def data(mtp_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("data"), mtp_checkpoint)
+
+
+def options_for(model: Path, data: Path, out: Path, **changes: Any) -> TrainConfig:
+    settings = {"steps": 40, "batch_size": 4, "seq_len": 32, "optimizer": "adamw", "lr": 1e-2, "warmup": 2,
+                "eval_sequences": 8, **changes}  # fmt: skip
+    return TrainConfig(data=data, out=out, model=model, **settings)
+
+
+@pytest.fixture(scope="module")
+def recovered(mtp_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recovered]:
+    out = tmp_path_factory.mktemp("out") / "new" / "model"
+    plan = CqilPlan(checkpoint_id(mtp_checkpoint), GROUPS, BYPASS)
+    return out, recover(options_for(mtp_checkpoint, data, out), plan, rank=8, show_progress=False)
+
+
+def test_what_the_plan_costs_falls(recovered: tuple[Path, Recovered]) -> None:
+    before, after = recovered[1]
+    assert after.kl < 0.5 * before.kl
+    assert after.agreement > before.agreement
+
+
+def test_the_new_checkpoint_is_served_with_its_plan(
+    recovered: tuple[Path, Recovered], mtp_checkpoint: Path, data: Path
+) -> None:
+    """The engine writes what transformers' model with the merged weights finds likeliest, computed in groups."""
+    out, found = recovered
+    plan = CqilPlan.load(out / PLAN_FILE)
+    assert (plan.groups, plan.bypass) == (GROUPS, BYPASS)
+    assert plan.measured["after"] == found.after._asdict()
+    settings = {"dtype": "float32", "max_model_len": 128, "memory": 64 << 20, "show_progress": False}
+    prompts = [list(range(3, 40)), [7, 9]]
+    engine = Engine.from_config(EngineConfig(model=str(out), cqil=out / PLAN_FILE, **settings))
+    student = Student(load(out), plan.groups, plan.bypass, rank=1)
+    for prompt, output in zip(prompts, generate(engine, prompts, 12), strict=True):
+        with torch.no_grad():
+            logits = student.logits(torch.tensor([prompt + output[:-1]]))[0, len(prompt) - 1 :]
+        best = logits.max(-1).values
+        assert torch.all(best - logits[range(12), output] <= 1e-4 * best.abs())
+
+
+def test_all_else_of_the_checkpoint_is_kept(recovered: tuple[Path, Recovered], mtp_checkpoint: Path) -> None:
+    old, new = read_checkpoint(mtp_checkpoint), read_checkpoint(recovered[0])
+    assert new.config == old.config
+    assert new.parameters.keys() == old.parameters.keys()
+    changed = {name for name in old.parameters if not torch.equal(old.parameters[name], new.parameters[name])}
+    assert changed
+    assert all("_proj" in name and not name.startswith("mtp.") for name in changed)
+
+
+def test_weights_keep_their_dtype(data: Path, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "qwen3_5", torch.bfloat16, num_hidden_layers=8, layer_types=TYPES)
+    plan = CqilPlan(checkpoint_id(model), GROUPS, BYPASS)
+    recover(options_for(model, data, tmp_path / "out", steps=1), plan, rank=1, show_progress=False)
+    dtypes = {tensor.dtype for tensor in read_checkpoint(tmp_path / "out").parameters.values()}
+    assert dtypes == {torch.bfloat16}
+
+
+def test_bad_input(mtp_checkpoint: Path, dense: Path, data: Path, tmp_path: Path) -> None:
+    plan = CqilPlan(checkpoint_id(mtp_checkpoint), GROUPS, BYPASS)
+    options = options_for(mtp_checkpoint, data, tmp_path / "out")
+    cases = [
+        (options, dataclasses.replace(plan, model=checkpoint_id(dense) + "0"), "another checkpoint"),
+        (options, dataclasses.replace(plan, groups=((1,),)), "nothing to recover"),
+        (dataclasses.replace(options, out=tmp_path), plan, "exists already"),
+        (dataclasses.replace(options, data=tmp_path), plan, "holds no prepared data"),
+    ]
+    for given, of, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            recover(given, of, rank=2, show_progress=False)
+
+
+def test_data_of_another_tokenizer(mtp_checkpoint: Path, tmp_path: Path) -> None:
+    prepare(write_texts(tmp_path / "texts"), tmp_path / "data", vocab_size=300, held_out=0.2)
+    plan = CqilPlan(checkpoint_id(mtp_checkpoint), GROUPS, BYPASS)
+    with pytest.raises(ConfigError, match="another tokenizer .* --tokenizer"):
+        recover(options_for(mtp_checkpoint, tmp_path / "data", tmp_path / "out"), plan, 2, show_progress=False)
+
+
+def test_the_command(mtp_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    CqilPlan(checkpoint_id(mtp_checkpoint), GROUPS, BYPASS).save(tmp_path / "plan.json")
+    short = ["--steps", "1", "--batch-size", "2", "--seq-len", "16", "--rank", "1", "--eval-sequences", "2"]
+    arguments = [mtp_checkpoint, data, tmp_path / "out", "--plan", tmp_path / "plan.json", *short]
+    done = CliRunner().invoke(app, ["cqil", "recover", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    assert "KL from the model without the plan" in done.output
+    assert json.loads((tmp_path / "out" / PLAN_FILE).read_text())["model"] == checkpoint_id(tmp_path / "out")
