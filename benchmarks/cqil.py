@@ -1,6 +1,7 @@
 """CQIL beside what else makes a model shallower: latency of a decode step, and quality over a text it has not seen.
 
-    python benchmarks/cqil.py quality --model demo --first 1 --out benchmarks/results/cqil-demo.json
+    python benchmarks/cqil.py quality --model demo --first 1 [--recovered FOLDER ...] \
+        --out benchmarks/results/cqil-demo.json
     python benchmarks/cqil.py latency --model demo --first 1 --out benchmarks/results/cqil-demo.json
     python benchmarks/cqil.py ranks --model deep --out benchmarks/results/cqil-deep.json
 
@@ -9,6 +10,9 @@ Variants: the model as it is; groups of 2, 3 and 4 neighbours of one type with b
 much time as groups would if their other layers cost nothing. ``latency`` computes groups fused on one device; ``ranks``
 runs two processes of one thread each: layers split (tensor parallelism), and groups placed. Parts are added to the
 file.
+
+Quality is loss, divergence and agreement, and as a task the share of tokens of a text it has not seen that the model
+predicts. ``--recovered`` adds checkpoints that ``kvbuffer cqil recover`` made of the model.
 
 Models: a checkpoint, or ``deep``: a Qwen3.5 hybrid of 24 layers and 250 million random weights, for latency only.
 The text is the docstrings of NumPy unless there is another: for the demo model, prose of the kind it was trained on.
@@ -33,7 +37,9 @@ import torch
 from kvbuffer.bench import machine
 from kvbuffer.cache.store import allocate
 from kvbuffer.cqil.costs import Steps, take_turns
+from kvbuffer.cqil.plan import CqilPlan
 from kvbuffer.cqil.planner import sequences
+from kvbuffer.cqil.recover import PLAN_FILE
 from kvbuffer.cqil.text import TextModel, batch_of, memory_for
 from kvbuffer.engine.ranks import ProcessRanks
 from kvbuffer.models.config import ModelConfig
@@ -129,6 +135,11 @@ def quality(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
                 {"name": f"only the first of each {size}", "groups": groups,
                  **own.compare(hidden(shallow, (), kept))._asdict()}
             )  # fmt: skip
+    for recovered in args.recovered:
+        plan = CqilPlan.load(recovered / PLAN_FILE)
+        variant = {"name": f"{recovered.name}, recovered", "groups": plan.groups, "bypass": plan.bypass}
+        of = load(recovered, variant, args.window)
+        rows.append({**variant, **own.compare(hidden(of, plan.groups))._asdict()})
     return {"tokens": windows.numel(), "window": args.window, "text": str(args.text or f"NumPy {np.__version__}"),
             "rows": rows}  # fmt: skip
 
@@ -217,6 +228,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="demo, deep, or a checkpoint")
     parser.add_argument("--first", type=int, help="first layer that is grouped; default: after a third")
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--recovered", type=Path, nargs="*", default=[])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])

@@ -43,7 +43,7 @@ def every_cut(layers: list[int]) -> list[list[tuple[int, ...]]]:
 def test_the_cheapest_cut_is_that_of_trying_all(rng: torch.Generator) -> None:
     layers, seconds = [1, 2, 4, 5, 6, 8], {1: 1.0, 2: 1.7, 3: 2.2}
     kls = {group: float(torch.rand((), generator=rng)) for group in candidates(layers, 3)}
-    qualities = {group: Quality(0.0, kl, 1.0) for group, kl in kls.items()}
+    qualities = {group: Quality(0.0, kl, 1.0, 0.0) for group, kl in kls.items()}
     for price in (0.0, 0.3, 1.0, 3.0):
 
         def cost(cut: list[tuple[int, ...]], price: float = price) -> float:

@@ -82,7 +82,7 @@ def plan_file(folder: Path, tmp_path: Path, groups: tuple[tuple[int, ...], ...],
 def check(folder: Path, tmp_path: Path, path: Path | None) -> None:
     """What rank 0 wrote is what one process writes, and each rank had half of the memory."""
     engine = Engine.from_config(EngineConfig(model=str(folder), cqil=path, **ENGINE))
-    alone = rank_worker.generate(engine, prompts_of(LENGTHS), TOKENS)
+    alone, _ = rank_worker.generate(engine, prompts_of(LENGTHS), TOKENS)
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["tokens"] == [alone, alone]
     assert found["slot_bytes"] * 2 == engine.plan.block_bytes.slot
@@ -105,6 +105,18 @@ def test_two_ranks_write_what_one_writes(
     path = plan_file(folder, tmp_path, groups, bypass)
     assert fork(task_for(folder, tmp_path, path)) == (0, 0)
     check(folder, tmp_path, path)
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_drafts_are_verified_on_all_ranks(method: str, dense: Path, tmp_path: Path) -> None:
+    """Rank 0 drafts, with a model of its own if need be; with drafts, too, two ranks write what one writes without."""
+    speculation: dict[str, Any] = {"method": method, "num_speculative_tokens": 3, "adaptive": False}
+    speculation |= {"prompt_lookup_min": 1} if method == "ngram" else {"model": str(dense)}
+    path = plan_file(dense, tmp_path, ((0, 1), (4, 5, 6, 7)), 1)
+    options = {**ENGINE, "model": str(dense), "tensor_parallel_size": 2, "speculative_config": speculation}
+    assert fork(task_for(dense, tmp_path, path, engine=options)) == (0, 0)
+    check(dense, tmp_path, path)
+    assert json.loads((tmp_path / "out.json").read_text())["accepted"] > 0
 
 
 def test_torchrun(dense: Path, tmp_path: Path) -> None:

@@ -110,7 +110,8 @@ def test_the_new_checkpoint_is_served_with_its_plan(
     prompts = [list(range(3, 40)), [7, 9]]
     engine = Engine.from_config(EngineConfig(model=str(out), cqil=out / PLAN_FILE, **settings))
     student = Student(load(out), plan.groups, plan.bypass, rank=1)
-    for prompt, output in zip(prompts, generate(engine, prompts, 12), strict=True):
+    outputs, _ = generate(engine, prompts, 12)
+    for prompt, output in zip(prompts, outputs, strict=True):
         with torch.no_grad():
             logits = student.logits(torch.tensor([prompt + output[:-1]]))[0, len(prompt) - 1 :]
         best = logits.max(-1).values
@@ -151,7 +152,7 @@ def test_bad_input(mtp_checkpoint: Path, dense: Path, data: Path, tmp_path: Path
 def test_data_of_another_tokenizer(mtp_checkpoint: Path, tmp_path: Path) -> None:
     prepare(write_texts(tmp_path / "texts"), tmp_path / "data", vocab_size=300, held_out=0.2)
     plan = CqilPlan(checkpoint_id(mtp_checkpoint), GROUPS, BYPASS)
-    with pytest.raises(ConfigError, match="another tokenizer .* --tokenizer"):
+    with pytest.raises(ConfigError, match=r"another tokenizer .* --tokenizer"):
         recover(options_for(mtp_checkpoint, tmp_path / "data", tmp_path / "out"), plan, 2, show_progress=False)
 
 

@@ -20,17 +20,19 @@ from kvbuffer.models.parallel import ParallelDecoder
 DEATH = 3
 
 
-def generate(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """The greedy tokens of each prompt."""
+def generate(engine: Engine, prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], int]:
+    """The greedy tokens of each prompt, and how many of all were drafts."""
     tokens: dict[str, list[int]] = {}
+    accepted: dict[str, int] = {}
     for number, prompt in enumerate(prompts):
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         engine.add_request(str(number), prompt, params)
     while engine.has_work():
         for delta in engine.step():
             tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            accepted[delta.request_id] = delta.num_accepted_tokens
     engine.check_integrity()
-    return [tokens[str(number)] for number in range(len(prompts))]
+    return [tokens[str(number)] for number in range(len(prompts))], sum(accepted.values())
 
 
 def run(path: Path) -> None:
@@ -45,9 +47,11 @@ def run(path: Path) -> None:
         return
     engine = Engine.from_config(config)
     # The second time from cached prefixes.
-    tokens = [generate(engine, task["prompts"], task["max_tokens"]) for _ in range(2)]
+    runs = [generate(engine, task["prompts"], task["max_tokens"]) for _ in range(2)]
     engine.close()
-    Path(task["out"]).write_text(json.dumps({"tokens": tokens, "slot_bytes": engine.plan.block_bytes.slot}))
+    tokens, accepted = zip(*runs, strict=True)
+    found = {"tokens": tokens, "accepted": sum(accepted), "slot_bytes": engine.plan.block_bytes.slot}
+    Path(task["out"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -172,6 +172,7 @@ def recover(
     print(f"KL from the model without the plan: {before.kl:.4f} -> {after.kl:.4f} nats")
     print(f"held-out loss: {before.loss:.4f} -> {after.loss:.4f}")
     print(f"same next token: {before.agreement:.1%} -> {after.agreement:.1%}")
+    print(f"right next token: {before.accuracy:.1%} -> {after.accuracy:.1%}")
     print(f"to serve it: kvbuffer serve {out} --cqil {out / PLAN_FILE}")
 
 

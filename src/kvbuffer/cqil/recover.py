@@ -22,7 +22,7 @@ from torch import Tensor
 from kvbuffer.cache.disk.identity import checkpoint_id
 from kvbuffer.cqil.plan import CqilPlan
 from kvbuffer.cqil.student import Student
-from kvbuffer.cqil.text import Quality
+from kvbuffer.cqil.text import Quality, Tally
 from kvbuffer.errors import ConfigError
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.mtp import WEIGHTS as MTP_WEIGHTS
@@ -95,13 +95,11 @@ def divergence(own: Tensor, other: Tensor) -> Tensor:
 @torch.no_grad()
 def quality(student: Student, held_out: list[Tensor]) -> Quality:
     """Return the student's quality over batches [rows, seq_len + 1] of tokens."""
-    rows = []
+    tally = Tally()
     for batch in held_out:
         own, other = student.teacher_logits(batch[:, :-1]), student.logits(batch[:, :-1])
-        loss = F.cross_entropy(other.flatten(0, 1), batch[:, 1:].flatten())
-        agreement = (own.argmax(-1) == other.argmax(-1)).float().mean()
-        rows.append(torch.stack([loss, divergence(own, other), agreement]) * len(batch))
-    return Quality(*(torch.stack(rows).sum(0) / sum(map(len, held_out))).tolist())
+        tally.add(own.flatten(0, 1), other.flatten(0, 1), batch[:, 1:].flatten())
+    return tally.quality()
 
 
 def _check(options: TrainConfig, plan: CqilPlan) -> None:

@@ -32,11 +32,41 @@ class Quality(NamedTuple):
         loss: mean negative log-likelihood of the text's tokens, nats.
         kl: mean divergence of the grouping's next-token distributions from the model's own, nats.
         agreement: share of tokens after which both find the same next token likeliest.
+        accuracy: share of tokens after which the text goes on with the token that is likeliest.
     """
 
     loss: float
     kl: float
     agreement: float
+    accuracy: float
+
+
+class Tally:
+    """Sums up the quality of rows of logits."""
+
+    def __init__(self) -> None:
+        self._sums, self._rows, self._targets = torch.zeros(4, dtype=torch.float64), 0, 0
+
+    def add(self, own: Tensor, other: Tensor, targets: Tensor) -> None:
+        """Count rows [N, vocab_size] of logits: the model's own, another's, and what comes next [N], -1 if nothing."""
+        own, other = own.log_softmax(-1), other.log_softmax(-1)
+        likeliest = other.argmax(-1)
+        parts = (
+            F.nll_loss(other, targets, ignore_index=-1, reduction="sum"),
+            F.kl_div(other, own, reduction="sum", log_target=True),
+            (own.argmax(-1) == likeliest).sum(),
+            (targets == likeliest).sum(),
+        )
+        self._sums += torch.stack([part.double() for part in parts])
+        self._rows += len(targets)
+        self._targets += int((targets >= 0).sum())
+
+    def quality(self) -> Quality:
+        """Return the means."""
+        loss, kl, agreement, accuracy = self._sums.tolist()
+        return Quality(
+            loss / self._targets, max(0.0, kl / self._rows), agreement / self._rows, accuracy / self._targets
+        )
 
 
 class TextModel:
@@ -97,14 +127,10 @@ class TextModel:
     def compare(self, hidden: Tensor) -> Quality:
         """Return the quality of hidden states [B * T, hidden] after the final norm, wherever they come from."""
         targets = F.pad(self.token_ids[:, 1:], (0, 1), value=-1).flatten()
-        loss, kl, agreement = torch.zeros(3, dtype=torch.float64)
+        tally = Tally()
         for rows in torch.arange(len(targets)).split(_ROWS):
-            own, other = (self.model.lm_head(states[rows]).log_softmax(-1) for states in (self._own, hidden))
-            loss += F.nll_loss(other, targets[rows], ignore_index=-1, reduction="sum").double()
-            kl += (own.exp() * (own - other)).sum().double()
-            agreement += (own.argmax(-1) == other.argmax(-1)).sum().double()
-        count = len(targets)
-        return Quality(float(loss) / int((targets >= 0).sum()), max(0.0, float(kl) / count), float(agreement) / count)
+            tally.add(self.model.lm_head(self._own[rows]), self.model.lm_head(hidden[rows]), targets[rows])
+        return tally.quality()
 
 
 def read_windows(path: Path, tokenizer: Tokenizer, tokens: int, window: int) -> Tensor:

@@ -108,7 +108,10 @@ class EngineConfig:
         if self.tensor_parallel_size > 1:
             for name, given in (("cache_dir", self.cache_dir is not None), ("method mtp", self.uses_mtp)):
                 if given:
-                    raise ConfigError(f"{name} works in one process only: leave it out, or tensor_parallel_size")
+                    raise ConfigError(
+                        f"{name} works in one process only, not with tensor_parallel_size "
+                        f"{self.tensor_parallel_size}: leave one of them out"
+                    )
 
     @property
     def speculative(self) -> SpeculativeConfig | None:

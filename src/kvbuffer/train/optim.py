@@ -91,7 +91,7 @@ def descend(
     shown: Tensor,
     share: float,
     clip: float,
-    among: Workers,
+    processes: Workers,
 ) -> tuple[float, float]:
     """Take one training step.
 
@@ -102,7 +102,7 @@ def descend(
         shown: the part of it that is reported.
         share: of the peak learning rate.
         clip: largest norm of the gradient.
-        among: the processes, whose gradients are averaged.
+        processes: whose gradients are averaged.
 
     Returns:
         The mean of ``shown`` over the processes, and the norm of the gradient.
@@ -111,7 +111,7 @@ def descend(
         KVBufferError: either is not finite; nothing is changed then.
     """
     minimised.backward()
-    loss = float(among.average(model, shown.detach()))
+    loss = float(processes.average(model, shown.detach()))
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise KVBufferError(f"loss {loss}, gradient norm {norm}; lower lr")
