@@ -82,9 +82,9 @@ def plan_file(folder: Path, tmp_path: Path, groups: tuple[tuple[int, ...], ...],
 def check(folder: Path, tmp_path: Path, path: Path | None) -> None:
     """What rank 0 wrote is what one process writes, and each rank had half of the memory."""
     engine = Engine.from_config(EngineConfig(model=str(folder), cqil=path, **ENGINE))
-    alone, _ = rank_worker.generate(engine, prompts_of(LENGTHS), TOKENS)
+    alone = rank_worker.generate(engine, prompts_of(LENGTHS), TOKENS).tokens
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["tokens"] == [alone, alone]
+    assert [run["tokens"] for run in found["runs"]] == [alone, alone]
     assert found["slot_bytes"] * 2 == engine.plan.block_bytes.slot
 
 
@@ -116,7 +116,10 @@ def test_drafts_are_verified_on_all_ranks(method: str, dense: Path, tmp_path: Pa
     options = {**ENGINE, "model": str(dense), "tensor_parallel_size": 2, "speculative_config": speculation}
     assert fork(task_for(dense, tmp_path, path, engine=options)) == (0, 0)
     check(dense, tmp_path, path)
-    assert json.loads((tmp_path / "out.json").read_text())["accepted"] > 0
+    run = json.loads((tmp_path / "out.json").read_text())["runs"][0]
+    assert run["drafted"] > run["accepted"]
+    # What comes next in random tokens is no earlier one.
+    assert run["accepted"] > 0 or method == "ngram"
 
 
 def test_torchrun(dense: Path, tmp_path: Path) -> None:

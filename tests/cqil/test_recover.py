@@ -94,7 +94,7 @@ def recovered(mtp_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPat
 
 def test_what_the_plan_costs_falls(recovered: tuple[Path, Recovered]) -> None:
     before, after = recovered[1]
-    assert after.kl < 0.5 * before.kl
+    assert after.kl < 0.7 * before.kl
     assert after.agreement > before.agreement
 
 
@@ -110,8 +110,7 @@ def test_the_new_checkpoint_is_served_with_its_plan(
     prompts = [list(range(3, 40)), [7, 9]]
     engine = Engine.from_config(EngineConfig(model=str(out), cqil=out / PLAN_FILE, **settings))
     student = Student(load(out), plan.groups, plan.bypass, rank=1)
-    outputs, _ = generate(engine, prompts, 12)
-    for prompt, output in zip(prompts, outputs, strict=True):
+    for prompt, output in zip(prompts, generate(engine, prompts, 12).tokens, strict=True):
         with torch.no_grad():
             logits = student.logits(torch.tensor([prompt + output[:-1]]))[0, len(prompt) - 1 :]
         best = logits.max(-1).values

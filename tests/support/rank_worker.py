@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,19 +21,28 @@ from kvbuffer.models.parallel import ParallelDecoder
 DEATH = 3
 
 
-def generate(engine: Engine, prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], int]:
-    """The greedy tokens of each prompt, and how many of all were drafts."""
+class Generated(NamedTuple):
+    """The greedy tokens of each prompt; how many were drafted for all, and how many of these accepted."""
+
+    tokens: list[list[int]]
+    drafted: int
+    accepted: int
+
+
+def generate(engine: Engine, prompts: list[list[int]], max_tokens: int) -> Generated:
+    """Complete the prompts together."""
     tokens: dict[str, list[int]] = {}
-    accepted: dict[str, int] = {}
+    drafts: dict[str, tuple[int, int]] = {}
     for number, prompt in enumerate(prompts):
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         engine.add_request(str(number), prompt, params)
     while engine.has_work():
         for delta in engine.step():
             tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
-            accepted[delta.request_id] = delta.num_accepted_tokens
+            drafts[delta.request_id] = delta.num_draft_tokens, delta.num_accepted_tokens
     engine.check_integrity()
-    return [tokens[str(number)] for number in range(len(prompts))], sum(accepted.values())
+    drafted, accepted = map(sum, zip(*drafts.values(), strict=True))
+    return Generated([tokens[str(number)] for number in range(len(prompts))], drafted, accepted)
 
 
 def run(path: Path) -> None:
@@ -49,8 +59,7 @@ def run(path: Path) -> None:
     # The second time from cached prefixes.
     runs = [generate(engine, task["prompts"], task["max_tokens"]) for _ in range(2)]
     engine.close()
-    tokens, accepted = zip(*runs, strict=True)
-    found = {"tokens": tokens, "accepted": sum(accepted), "slot_bytes": engine.plan.block_bytes.slot}
+    found = {"runs": [run._asdict() for run in runs], "slot_bytes": engine.plan.block_bytes.slot}
     Path(task["out"]).write_text(json.dumps(found))
 
 
