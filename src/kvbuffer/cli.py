@@ -154,6 +154,8 @@ def serve(
     listener = bind(host, port)
     raise_open_files_limit()
     engine = call_in_thread(load_engine, **options)
+    if memory is not None:
+        engine.take_memory()
     print(engine.plan.describe())
     print(explain())
     async_engine = AsyncEngine(engine)

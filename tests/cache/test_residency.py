@@ -121,6 +121,24 @@ def test_ahead_gives_way_to_what_is_needed() -> None:
     bench.check()
 
 
+def test_all_of_the_budget_can_be_taken_at_the_start() -> None:
+    bench = Bench(plan_for(shape(), 64 * MIB))
+    bench.residency.take_all()
+    assert 60 * MIB < bench.residency.num_bytes <= 64 * MIB
+    bench.take("slots", 100)
+    assert bench.residency.num_bytes > 60 * MIB
+
+
+@pytest.mark.parametrize("kind", POOL_KINDS)
+def test_what_was_taken_for_other_kinds_goes_as_it_is_needed(kind: PoolKind) -> None:
+    bench = Bench(plan_for(shape(), 64 * MIB))
+    bench.residency.take_all()
+    while bench.pools.room(kind):
+        bench.take(kind, 50)
+        assert bench.residency.num_bytes > 60 * MIB
+    bench.check()
+
+
 def test_nothing_is_taken_ahead_where_the_system_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "populate", lambda tensor: False)
     assert run_ahead(Bench(plan_for(shape(), 64 * MIB)).residency) < 10

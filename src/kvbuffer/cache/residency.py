@@ -28,7 +28,8 @@ class Residency:
     take up to a huge page, if all of them together are small against it.
 
     The first time that memory is written, the system has to find it, which is slower than most of what is done with it
-    (0.5 GB/s on some virtual machines). So some is taken ahead while there is nothing else to do.
+    (0.5 GB/s on some virtual machines, whose hosts take back what is free). So some is taken ahead while there is
+    nothing else to do, or all of it at the start.
 
     Args:
         pools: who holds what.
@@ -64,8 +65,11 @@ class Residency:
         """
         if self.num_bytes <= self._pools.budget:
             return
-        self._release_ahead()
         excess = self.num_bytes - self._pools.budget + int(self._pools.budget * _LEAST_RELEASED)
+        ahead = {kind: self._num_ahead(kind) * pool.block_bytes for kind, pool in self._pools.items()}
+        for kind in sorted(POOL_KINDS, key=ahead.__getitem__, reverse=True):
+            if excess > 0 and ahead[kind]:
+                excess -= self._release_ahead(kind, excess)
         free = {kind: pool.num_backed_free * pool.block_bytes for kind, pool in self._pools.items()}
         for kind in sorted(POOL_KINDS, key=free.__getitem__, reverse=True):
             if excess > 0 and free[kind]:
@@ -76,6 +80,12 @@ class Residency:
                 for first, end in _runs(blocks):
                     self._release(kind, first, end)
                 excess -= len(blocks) * pool.block_bytes
+
+    def take_all(self) -> None:
+        """Take memory for the whole budget, shared out as typical requests would do."""
+        self._most_ahead = self._pools.budget
+        while self.take_ahead():
+            pass
 
     def take_ahead(self) -> bool:
         """Take a little memory for blocks that will be taken next; return whether there is more to do."""
@@ -116,11 +126,14 @@ class Residency:
                         return
                     yield
 
-    def _release_ahead(self) -> None:
+    def _release_ahead(self, kind: PoolKind, num_bytes: int) -> int:
+        """Let about so much memory go that was taken ahead for blocks of a kind; return how much."""
         self._pieces = iter(())
-        for kind, pool in self._pools.items():
-            self._release(kind, pool.num_taken, self._ahead[kind])
-            self._ahead[kind] = 0
+        size, end = self._pools.by_kind(kind).block_bytes, self._ahead[kind]
+        count = min(self._num_ahead(kind), -(-num_bytes // size))
+        self._ahead[kind] = end - count
+        self._release(kind, end - count, end)
+        return count * size
 
     def _release(self, kind: PoolKind, first: int, end: int) -> None:
         for tensor in self._tensors[kind]:

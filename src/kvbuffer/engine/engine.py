@@ -239,6 +239,10 @@ class Engine:
         """Use a moment without work, a few milliseconds, for what later steps need; return whether there is more."""
         return self._runner.residency.take_ahead()
 
+    def take_memory(self) -> None:
+        """Take the whole memory budget from the system now, so that no step has to wait for it."""
+        self._runner.residency.take_all()
+
     def close(self) -> None:
         """Save what is cached, if there is a folder for it; end other ranks. The engine cannot be used afterwards."""
         if self._offload is not None:
