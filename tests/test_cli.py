@@ -37,6 +37,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         options.update(given)
         engine: Any = FakeEngine()
         engine.plan = SimpleNamespace(describe=lambda: "the plan")
+        engine.take_memory = lambda: options.update(took_memory=True)
         return engine
 
     monkeypatch.setattr(cli, "load_engine", load)
@@ -91,6 +92,7 @@ def test_serve_takes_vllms_flags(served: dict[str, Any]) -> None:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 128,
         "memory": 2 * 2**30,
+        "took_memory": True,
         "buffer_len": 4,
         "threads": 2,
         "log_level": "info",
@@ -138,6 +140,11 @@ def test_serve_says_what_it_runs_and_how_to_call_it(served: dict[str, Any]) -> N
     assert '"model": "demo"' in output
     assert "Bearer" in output
     assert "secret" not in output
+
+
+def test_serve_takes_no_memory_at_the_start_unless_it_is_given_it(served: dict[str, Any]) -> None:
+    runner.invoke(cli.app, ["serve", "some/model", "--port", "0"], catch_exceptions=False)
+    assert "took_memory" not in served
 
 
 def test_a_configuration_file_gives_defaults_and_flags_win(served: dict[str, Any], tmp_path: Path) -> None:
