@@ -37,6 +37,12 @@ class Tokenizer:
         self.eos_token_id: int | None = self.pretrained.eos_token_id
         self.has_chat_template: bool = bool(self.pretrained.chat_template)
 
+    @property
+    def chat_template(self) -> str:
+        """The source of the chat template, or of all there are; empty if there is none."""
+        source = self.pretrained.chat_template or ""
+        return source if isinstance(source, str) else "\n".join(source.values())
+
     def has_same_tokens(self, other: Tokenizer) -> bool:
         """Return whether the two have the same tokens under the same ids."""
         return bool(self.pretrained.get_vocab() == other.pretrained.get_vocab())

@@ -30,6 +30,7 @@ class ByteTokenizer:
     vocab_size = EOS + 1
     eos_token_ids = frozenset({EOS})
     has_chat_template = True
+    chat_template = "{% if tools %}<tool_call>{% endif %}"
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -41,7 +42,7 @@ class ByteTokenizer:
     def apply_chat_template(
         self,
         messages: list[dict[str, Any]],
-        tools: object = None,
+        tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template: str | None = None,
@@ -50,6 +51,7 @@ class ByteTokenizer:
         if kwargs.get("fail"):
             raise InvalidRequestError("the template says no", "messages")
         text = "".join(f"[{message['role']}]{message['content']}" for message in messages)
+        text += "".join(f"{{{tool['function']['name']}}}" for tool in tools or ())
         text += "".join(f"({name}={value})" for name, value in kwargs.items())
         return self.encode((chat_template or "") + text + ("[assistant]" if add_generation_prompt else ""))
 

@@ -114,6 +114,7 @@ async def test_completions(client: httpx.AsyncClient, fields: dict[str, Any], pa
     await assert_refused(client, response, param, message)
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": "x"}, "messages", "list"),
@@ -131,8 +132,14 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
     ({"logprobs": True, "top_logprobs": 1000}, "top_logprobs", "less than"),
     ({"logprobs": 3}, "logprobs", "boolean"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
-    ({"tool_choice": "required"}, "tool_choice", "not supported"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function", "required"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'function'"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "pattern"),
+    ({"tools": [TOOL, TOOL]}, "tools", "same name"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "no tool 'g'"),
+    ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tools", "leave out one"),
+    ({"tools": [TOOL], "min_tokens": 2}, "min_tokens", "structured outputs"),
+    ({"tool_choice": "required"}, "tool_choice", "needs tools"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "needs it"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},

@@ -23,6 +23,7 @@ from tests.server.events import chunks
 from tests.server.fake_engine import EOS, FakeEngine
 
 SYSTEM = "be brief"
+TOOL = {"type": "function", "function": {"name": "f"}}
 HELLO = {"role": "user", "content": "hello"}
 
 
@@ -143,7 +144,7 @@ async def test_a_request_that_the_engine_refuses_is_refused(tmp_path: Path) -> N
         ([{"role": "system", "content": "be rude"}, HELLO], {}, "personalised"),
         ([HELLO], {}, "personalised"),
         ([None, HELLO], {"chat_template_kwargs": {"mood": "good"}}, "personalised"),
-        ([None, HELLO], {"tools": [{"type": "function"}], "tool_choice": "none"}, "tools"),
+        ([None, HELLO], {"tools": [TOOL], "tool_choice": "none"}, "tools"),
         ([None, HELLO], {"logprobs": True}, "logprobs"),
         ([None, HELLO], {"prompt_logprobs": 0}, "logprobs"),
         ([None, HELLO], {"n": 2}, "several_choices"),

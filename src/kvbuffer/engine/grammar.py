@@ -55,7 +55,7 @@ class GrammarCompiler:
             self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
         try:
             return Grammar(xgrammar.GrammarMatcher(_compile(self._compiler, params)), self._vocab_size)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             # Without the place in xgrammar's source.
             reason = re.sub(r"^\[[\d:]+\] \S+: ", "", str(error)).strip()
             raise invalid_structure(f"cannot be used: {reason}") from error
@@ -79,6 +79,8 @@ def _compile(compiler: xgrammar.GrammarCompiler, params: StructuredOutputsParams
         return compiler.compile_grammar("root ::= " + " | ".join(json.dumps(text) for text in params.choice))
     if params.grammar is not None:
         return compiler.compile_grammar(params.grammar)
+    if params.structural_tag is not None:
+        return compiler.compile_structural_tag(params.structural_tag)
     return compiler.compile_json_schema(_ANY_OBJECT, max_whitespace_cnt=_MAX_SPACE)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvbuffer.errors import InvalidRequestError
 
-_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class StructuredOutputsParams:
         choice: the output is one of these strings.
         grammar: a context-free grammar in EBNF, whose rule ``root`` is the output.
         json_object: any JSON object.
+        structural_tag: free text in which tags have contents of given forms, as xgrammar's JSON describes it.
 
     Raises:
         InvalidRequestError: none or several are given, or one has the wrong type.
@@ -31,12 +32,13 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in _KINDS if getattr(self, name) is not None and getattr(self, name) is not False]
         if len(given) != 1:
             raise invalid_structure(f"needs exactly one of {', '.join(_KINDS)}, got {' and '.join(given) or 'none'}")
-        for name in ("regex", "grammar"):
+        for name in ("regex", "grammar", "structural_tag"):
             if not isinstance(getattr(self, name), str | None):
                 raise invalid_structure(f"needs {name} as a string, got {type(getattr(self, name)).__name__}")
         choice = self.choice

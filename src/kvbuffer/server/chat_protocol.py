@@ -52,6 +52,35 @@ class ToolCall(StrictModel):
     function: FunctionCall
 
 
+class Function(StrictModel):
+    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: bool | None = None
+
+
+class Tool(StrictModel):
+    """A tool that the conversation offers; functions are the only kind."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(StrictModel):
+    """Which function is meant."""
+
+    name: str
+
+
+class ToolChoice(StrictModel):
+    """The function that is to be called."""
+
+    type: Literal["function"] = "function"
+    function: FunctionName
+
+
 class ChatMessage(StrictModel):
     """One message of the conversation."""
 
@@ -78,6 +107,12 @@ class Conversation(RequestBody):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, JsonValue] | None = None
+    tools: list[Tool] | None = None
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return self.tools or []
 
     @model_validator(mode="after")
     def _check_continuation(self) -> Conversation:
@@ -124,18 +159,28 @@ class ChatCompletionRequest(SamplingBody, Conversation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     max_completion_tokens: int | None = None
-    tools: list[dict[str, JsonValue]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, JsonValue] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
 
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of and may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
     @model_validator(mode="after")
     def _check_tools_and_logprobs(self) -> ChatCompletionRequest:
-        if self.tools and self.tool_choice != "none":
-            raise invalid("tools are not supported yet; leave them out or set tool_choice to 'none'", "tools")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise invalid("tools are not supported yet; only 'none' and 'auto' are accepted", "tool_choice")
+        names = [tool.function.name for tool in self.offered]
+        if len(set(names)) < len(names):
+            raise invalid("two tools have the same name", "tools")
+        if self.tool_choice == "required" and not names:
+            raise invalid("'required' needs tools", "tool_choice")
+        if isinstance(self.tool_choice, ToolChoice) and self.tool_choice.function.name not in names:
+            raise invalid(f"there is no tool {self.tool_choice.function.name!r} among those given", "tool_choice")
+        form = self.structured_outputs or (self.response_format and self.response_format.type != "text")
+        if names and form:
+            raise invalid("tools cannot be had with a form of the answer; leave out one", "tools")
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs is allowed only when logprobs is true", "top_logprobs")
         return self
@@ -147,7 +192,6 @@ class TokenizeChatRequest(Conversation):
     NEUTRAL_VALUES: ClassVar[NeutralValues] = {
         "add_special_tokens": (None, False),
         "chat_template": (None,),
-        "tools": (None, []),
     }
 
     return_token_strs: bool | None = None

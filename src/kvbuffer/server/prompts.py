@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvbuffer.errors import InvalidRequestError
 from kvbuffer.server.chat_protocol import ChatMessage, Conversation
+from kvbuffer.server.tools import call_style
 
 if TYPE_CHECKING:
     from kvbuffer.tokenizer import Tokenizer
@@ -35,11 +36,13 @@ class PromptEncoder:
 
     Attributes:
         chat_template: the template that replaces the model's own, or None.
+        call_style: how the template has calls of tools written, None if it has no tools.
     """
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
         self._tokenizer = tokenizer
         self.chat_template = chat_template
+        self.call_style = call_style(tokenizer.chat_template if chat_template is None else chat_template)
         # One thread, because a fast tokeniser must not be used from several at once.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvbuffer-tokenizer")
 
@@ -67,11 +70,16 @@ class PromptEncoder:
         if self.chat_template is not None:
             kwargs["chat_template"] = self.chat_template
         messages = [_template_message(message) for message in conversation.messages]
+        tools = [tool.model_dump(exclude_none=True) for tool in conversation.offered] or None
+        if tools is not None and self.call_style is None:
+            raise InvalidRequestError(
+                "This model's chat template knows no tools that this server can read calls of; leave them out.", "tools"
+            )
         num_chars = sum(len(message["content"]) for message in messages)
 
         def render() -> list[int]:
             return self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=conversation.add_generation_prompt, **kwargs
+                messages, tools=tools, add_generation_prompt=conversation.add_generation_prompt, **kwargs
             )
 
         return await self._call(num_chars, render)

@@ -89,6 +89,7 @@ class StructuredOutputs(StrictModel):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | None = None
 
 
 def _stop_list(value: Any) -> Any:

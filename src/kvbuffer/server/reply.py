@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from kvbuffer.engine.request import CompletionDelta, FinishReason, TokenLogprob
 from kvbuffer.errors import KVBufferError
 from kvbuffer.server.errors import APIError
 from kvbuffer.server.logprobs import TokenText, chat_logprobs, prompt_logprobs, text_logprobs
+from kvbuffer.server.tools import Call, CallReader, Toolbox
 
 END_OF_STREAM = b"data: [DONE]\n\n"
 
@@ -86,13 +88,21 @@ class Reply(ABC):
         events = []
         for delta in deltas:
             index = self._account(delta)
-            new_ids = self._return_token_ids and delta.token_ids
-            if delta.text or delta.logprobs or new_ids or delta.finish_reason is not None:
+            delta = self._shown(index, delta)
+            if self._has_news(index, delta):
                 tail = self._chunk_tail
                 if self._continuous_usage:
                     tail = f'], "usage": {json.dumps(self.usage())}}}\n\n'
                 events.append(f"{self._chunk_head}{self.choice_chunk(index, delta)}{tail}")
         return "".join(events).encode("ascii")
+
+    def _shown(self, index: int, delta: CompletionDelta) -> CompletionDelta:
+        """Return the delta with the text that is shown as such."""
+        return delta
+
+    def _has_news(self, index: int, delta: CompletionDelta) -> bool:
+        new_ids = self._return_token_ids and delta.token_ids
+        return bool(delta.text or delta.logprobs or new_ids or delta.finish_reason is not None)
 
     def last_events(self) -> bytes:
         """Return what ends a stream: the usage if it was asked for, and the end marker."""
@@ -122,7 +132,7 @@ class Reply(ABC):
             logprobs = self._logprobs[index] if with_logprobs else None
             choice = self.choice(index, "".join(self._texts[index]), logprobs)
             if last is not None:
-                choice["finish_reason"] = last.finish_reason
+                choice["finish_reason"] = self._finish_reason(index, last.finish_reason)
                 choice["stop_reason"] = last.stop_reason
             if self._return_token_ids:
                 choice["token_ids"] = self._token_ids[index]
@@ -176,24 +186,43 @@ class Reply(ABC):
     def _common_fields(self) -> dict[str, Any]:
         return {"created": self._created, "model": self._model}
 
-    def _ending(self, delta: CompletionDelta) -> str:
+    def _finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
+        return reason
+
+    def _ending(self, index: int, delta: CompletionDelta) -> str:
         """Return the fields that end a streamed choice."""
         token_ids = f', "token_ids": {delta.token_ids}' if self._return_token_ids else ""
         if delta.finish_reason is None:
             return f'"finish_reason": null{token_ids}}}'
         stop_reason = json.dumps(delta.stop_reason)
-        return f'"finish_reason": "{delta.finish_reason.value}", "stop_reason": {stop_reason}{token_ids}}}'
+        reason = self._finish_reason(index, delta.finish_reason)
+        return f'"finish_reason": "{reason}", "stop_reason": {stop_reason}{token_ids}}}'
 
 
 class ChatReply(Reply):
-    """Answers ``/v1/chat/completions``."""
+    """Answers ``/v1/chat/completions``; calls of ``tools`` are told from the text."""
 
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, tools: Toolbox | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._started = [False] * len(self._index)
+        self._readers = None if tools is None else [CallReader(tools) for _ in self._index]
+        self._new_calls: list[list[Call]] = [[] for _ in self._index]
+
+    def _shown(self, index: int, delta: CompletionDelta) -> CompletionDelta:
+        if self._readers is None:
+            return delta
+        text, self._new_calls[index] = self._readers[index].read(delta.text, delta.finish_reason is not None)
+        return dataclasses.replace(delta, text=text)
+
+    def _has_news(self, index: int, delta: CompletionDelta) -> bool:
+        return bool(self._new_calls[index]) or super()._has_news(index, delta)
+
+    def _finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
+        called = self._readers is not None and self._readers[index].num_calls > 0
+        return "tool_calls" if called and reason is FinishReason.STOP else reason
 
     def choice_chunk(self, index: int, delta: CompletionDelta) -> str:
         """Return a chunk's choice; the first one of a choice carries the role."""
@@ -202,16 +231,28 @@ class ChatReply(Reply):
             self._started[index] = True
             role = '"role": "assistant", '
         logprobs = "null" if delta.logprobs is None else json.dumps(chat_logprobs(delta.logprobs, self._token_text))
+        tool_calls, calls = "", self._new_calls[index]
+        if calls and self._readers is not None:
+            first = self._readers[index].num_calls - len(calls)
+            tool_calls = (
+                f', "tool_calls": {json.dumps([{"index": i} | c.fields() for i, c in enumerate(calls, first)])}'
+            )
         return (
-            f'{{"index": {index}, "delta": {{{role}"content": {json_string(delta.text)}}}, '
-            f'"logprobs": {logprobs}, {self._ending(delta)}'
+            f'{{"index": {index}, "delta": {{{role}"content": {json_string(delta.text)}{tool_calls}}}, '
+            f'"logprobs": {logprobs}, {self._ending(index, delta)}'
         )
 
     def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
         """Return the choice with its message."""
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self._readers is not None:
+            text, calls = self._readers[index].read(text, last=True)
+            message["content"] = text or None
+            if calls:
+                message["tool_calls"] = [call.fields() for call in calls]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message,
             "logprobs": None if logprobs is None else chat_logprobs(logprobs, self._token_text),
         }
 
@@ -253,7 +294,7 @@ class CompletionReply(Reply):
             logprobs = json.dumps(self._text_logprobs(index, delta.prompt_logprobs, delta.logprobs))
         return (
             f'{{"index": {index}, "text": {json_string(echo + delta.text)}, '
-            f'"logprobs": {logprobs}, {self._ending(delta)}'
+            f'"logprobs": {logprobs}, {self._ending(index, delta)}'
         )
 
     def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:

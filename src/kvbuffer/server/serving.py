@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import uuid
 from collections.abc import Mapping
 from functools import cache
@@ -22,6 +23,7 @@ from kvbuffer.server.prompts import PromptEncoder
 from kvbuffer.server.protocol import CompletionRequest, SamplingBody
 from kvbuffer.server.reply import ChatReply, CompletionReply, Reply
 from kvbuffer.server.stream import EventStream, whole_answer
+from kvbuffer.server.tools import Toolbox
 
 #: OpenAI's default of ``max_tokens`` in completions; chats may run until the context is full.
 COMPLETION_MAX_TOKENS = 16
@@ -66,12 +68,18 @@ class Serving:
         """Answer ``/v1/chat/completions``."""
         self.check_model(body.model)
         params = chat_sampling_params(body, self.engine.engine.generation_defaults)
+        tools, style = None, self.prompts.call_style
+        if body.offered and style is not None:  # without a style, rendering the prompt says that there are no tools
+            tools = Toolbox(style, body.offered)
+            structure = tools.structure(body.tool_choice, parallel=body.parallel_tool_calls is not False)
+            params = dataclasses.replace(params, structured_outputs=structure)
         reply = ChatReply(
             request_id("chatcmpl", body),
             self.model_name,
             num_prompts=1,
             choices_per_prompt=params.n,
             token_text=self.token_text,
+            tools=tools,
             **reply_options(body),
         )
         if self.instcache is not None:
@@ -131,7 +139,9 @@ class Serving:
         reply: Reply,
     ) -> Response:
         if params.structured_outputs is not None:
-            param = "response_format" if body.structured_outputs is None else "structured_outputs"
+            param = "structured_outputs"
+            if body.structured_outputs is None:
+                param = "response_format" if body.response_format is not None else "tools"
             await self._compile(params.structured_outputs, param)
         pairs = [(prompt, params.for_choice(i)) for prompt in prompts for i in range(params.n)]
         options = RequestOptions(body.priority or 0, body.user or "", body.cache_salt, body.cache_ttl or 0.0)
@@ -195,7 +205,7 @@ def request_id(prefix: str, body: SamplingBody) -> str:
     return f"{prefix}-{body.request_id or uuid.uuid4().hex}"
 
 
-def reply_options(body: SamplingBody) -> dict[str, bool]:
+def reply_options(body: SamplingBody) -> dict[str, Any]:
     """Return what a request says about the form of its answer, as options of ``Reply``."""
     options = {
         "return_token_ids": bool(body.return_token_ids),
