@@ -2,6 +2,7 @@
 
     python benchmarks/precision.py --out benchmarks/results/precision.json
     python benchmarks/precision.py --tokens 100000 --families mamba2 --checkpoints float32 bfloat16 int8 --lengths 1 16
+    python benchmarks/precision.py --tokens 100000 --families kda --heads 2 --dim 64 --lengths 1 16
 
 Every variant (checkpoint dtype, record dtype, buffer length) decodes the same tokens from a zero state with the public
 operators. Tiers that the operators do not have (fp8, stochastic rounding) keep a float32 state which is rounded here
@@ -27,9 +28,11 @@ from kvbuffer.ops import dispatch
 from kvbuffer.ops.buffered import buffered_decode, fold_records, recurrent_decode
 from kvbuffer.ops.layout import RecordPages, StatePool, Tokens
 from kvbuffer.ops.reference import recurrence
-from kvbuffer.ops.rule import UpdateRule
+from kvbuffer.ops.rule import FAMILIES, UpdateRule
+from precision_inputs import DEMO_MODEL
 from precision_report import DTYPES, markdown
 
+_FAMILIES = ("gated_deltanet", "mamba2", "kda", "rwkv7", DEMO_MODEL)
 _TENTHS = 10
 _NO_FOLD = torch.zeros(1, dtype=torch.uint8)
 _FP8_MAX = 448.0
@@ -174,7 +177,7 @@ def main() -> None:
         "families": {},
     }
     for name in args.families:
-        source = precision_inputs.SOURCES[name](args.seed)
+        source = precision_inputs.source(name, args.seed, args.heads, args.dim)
         num_tokens = min(args.tokens, source.max_tokens)
         result["families"][name] = measure(source, num_tokens, args.checkpoints, args.lengths)
         print(f"{name} done", flush=True)
@@ -186,12 +189,13 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    names = list(precision_inputs.SOURCES)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--families", choices=names, nargs="+", default=names)
+    parser.add_argument("--families", choices=[*FAMILIES, DEMO_MODEL], nargs="+", default=_FAMILIES)
     parser.add_argument("--tokens", type=int, default=6000)
     parser.add_argument("--checkpoints", choices=CHECKPOINTS, nargs="+", default=list(CHECKPOINTS))
     parser.add_argument("--lengths", type=int, nargs="+", choices=[1, 4, 16, 32, 64], default=[1, 4, 16, 32, 64])
+    parser.add_argument("--heads", type=int, default=8, help="of synthetic tokens, from slow to fast")
+    parser.add_argument("--dim", type=int, default=128, help="K and V of synthetic tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file; the tables go beside it as Markdown")
     return parser.parse_args()

@@ -16,10 +16,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize, silu
 
 from kvbuffer.ops.layout import Tokens
-from kvbuffer.ops.rule import FAMILIES, GATED_DELTANET, Correction, Decay, UpdateRule
+from kvbuffer.ops.rule import FAMILIES, GATED_DELTANET, RETNET, Correction, Decay, UpdateRule
 
-_HEADS, _DIM = 8, 128
-_MEMORY = 2 ** torch.linspace(12, 1.5, _HEADS)  # tokens, slow to fast
 _RWKV7_MAX_RATE = 0.606531  # its decay is exp(-e^-0.5 sigmoid(...))
 _DEMO_TOKENS = 6000
 
@@ -41,39 +39,38 @@ class Source:
     max_tokens: int
 
 
-def synthetic(rule: UpdateRule, seed: int) -> Source:
+def synthetic(rule: UpdateRule, seed: int, heads: int, dim: int) -> Source:
     rng = Generator().manual_seed(seed)
-    labels = [f"{memory:.0f} tokens" for memory in _MEMORY.tolist()]
-    return Source(rule, labels, lambda count: _random_tokens(rule, count, rng), 10**9)
+    memory = 2 ** torch.linspace(12, 1.5, heads)  # tokens, slow to fast
+    labels = [f"{tokens:.0f} tokens" for tokens in memory.tolist()]
+    return Source(rule, labels, lambda count: _random_tokens(rule, count, memory, dim, rng), 10**9)
 
 
-def _random_tokens(rule: UpdateRule, count: int, rng: Generator) -> Tokens:
+def _random_tokens(rule: UpdateRule, count: int, memory: Tensor, dim: int, rng: Generator) -> Tokens:
     def randn(*shape: int) -> Tensor:
-        return torch.randn(count, _HEADS, *shape, generator=rng)
+        return torch.randn(count, len(memory), *shape, generator=rng)
 
-    q, k = (normalize(silu(randn(_DIM)), dim=-1) for _ in range(2))
-    v, g, beta, read, write = silu(randn(_DIM)), None, None, None, None
-    if rule.decay is not Decay.NONE:
+    q, k = (normalize(silu(randn(dim)), dim=-1) for _ in range(2))
+    v, g, beta, read, write = silu(randn(dim)), None, None, None, None
+    if rule == RETNET:
+        g = (-1 / memory).expand(count, -1).contiguous()
+    elif rule.decay is not Decay.NONE:
         vector = rule.decay is Decay.VECTOR
-        step = torch.exp(0.5 * randn(_DIM) if vector else 0.5 * randn())  # its median is 1
-        g = -step / (_MEMORY.unsqueeze(-1) if vector else _MEMORY)
+        step = torch.exp(0.5 * randn(dim) if vector else 0.5 * randn())  # its median is 1
+        g = -step / (memory.unsqueeze(-1) if vector else memory)
         if rule.correction is Correction.NONE and not vector:
             v = v * step.unsqueeze(-1)  # Mamba-2's step size scales both
     if rule.correction is Correction.DELTA:
         beta = torch.sigmoid(randn())
     if rule.correction is Correction.REMOVAL:
         assert g is not None
-        rate = torch.sigmoid(randn(_DIM))
+        rate = torch.sigmoid(randn(dim))
         g, read, write, k = g.clamp_min(-_RWKV7_MAX_RATE), k, k * rate, k * rate
-    return Tokens(q * _DIM**-0.5, k, v, g, beta, read, write)
+    return Tokens(q * dim**-0.5, k, v, g, beta, read, write)
 
 
-def demo_model(seed: int) -> Source:
-    """The linear-attention layers of the trained demo model on pages of Python's documentation, all heads as one layer.
-
-    Args:
-        seed: unused: there is one text.
-    """
+def demo_model() -> Source:
+    """The demo model's linear-attention layers on pages of Python's documentation, all heads as one layer."""
     from kvbuffer import LLM, SamplingParams
     from kvbuffer.models import layers
 
@@ -115,11 +112,9 @@ def _join(parts: list[Tokens], dim: int) -> Tokens:
     return Tokens(*(None if xs[0] is None else torch.cat(xs, dim) for xs in zip(*parts, strict=True)))
 
 
-#: By the name that the command line uses.
-SOURCES: dict[str, Callable[[int], Source]] = {
-    **{
-        name: lambda seed, rule=FAMILIES[name]: synthetic(rule, seed)
-        for name in ("gated_deltanet", "mamba2", "kda", "rwkv7")
-    },
-    "demo_model": demo_model,
-}
+DEMO_MODEL = "demo_model"
+
+
+def source(name: str, seed: int, heads: int, dim: int) -> Source:
+    """Return the stream of a family, or of the demo model, which has one text, and heads of its own."""
+    return demo_model() if name == DEMO_MODEL else synthetic(FAMILIES[name], seed, heads, dim)
