@@ -25,7 +25,7 @@ static inline float quantise_pairs(const float* x, int64_t stride, int64_t n, in
     const VecI size = (VecI)load(x + i * stride) & 0x7fffffff;
     largest = size > largest ? size : largest;
   }
-  const float unit = hmax((Vec)largest) / 32767.f, inverse = unit > 0.f ? 1.f / unit : 0.f;
+  const float unit = hmax(largest) / 32767.f, inverse = unit > 0.f ? 1.f / unit : 0.f;
   for (int64_t i = 0; i * kLanes < n; ++i) {
     const __m512 units = (__m512)(load(x + i * stride) * inverse);
     const __m256i words = _mm512_maskz_cvtsepi32_epi16(0xffff, _mm512_maskz_cvtps_epi32(0xffff, units));

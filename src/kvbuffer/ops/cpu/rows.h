@@ -58,6 +58,11 @@ inline void for_column_blocks(int64_t V, F&& f) {
   for (; c < V; c += kLanes) f(c, std::integral_constant<int, 1>());
 }
 
+// Whether a row is one block.
+static inline bool one_block(int64_t V) {
+  return V == kBlockVecs * kLanes || V == kBlockVecs / 2 * kLanes || V == kLanes;
+}
+
 // out[x] += sum over r < n of coefficients[x][r] * rows[r], rows being [n, V]: one pass over the rows for all NX sums,
 // and a step ahead with each.
 template <int NX, class T>

@@ -71,22 +71,43 @@ inline void add_state_products(const State<S>& state, int64_t K, int64_t V, cons
   add_products(state.data, K, V, x, out, ahead);
 }
 
-// The largest absolute value of a row. Floats without their sign are ordered as integers are.
-static inline float largest(const float* row, int64_t V) {
-  VecI max{};
-  for (int64_t c = 0; c < V; c += kLanes) {
-    const VecI bits = (VecI)load(row + c) & 0x7fffffff;
-    max = bits > max ? bits : max;
-  }
-  return hmax((Vec)max);
-}
+// The scale of an int8 row, and its inverse, with which its largest element becomes +-127.
+struct RowScale {
+  float scale, inverse;
 
-// Rounds a row of V floats to nearest; its largest element becomes +-127. Returns the scale.
+  // Of the largest absolute value, as the bits of a float in one of the lanes.
+  explicit RowScale(VecI bits) {
+    const float largest = hmax(bits);
+    scale = largest / 127.f;
+    inverse = scale > 0.f ? 127.f / largest : 0.f;  // two divisions at once, instead of one after the other
+  }
+};
+// The bits of absolute values. Floats without their sign are ordered as integers are.
+static inline VecI size_bits(Vec x) { return (VecI)x & 0x7fffffff; }
+static inline VecI larger(VecI a, VecI b) { return a > b ? a : b; }
+
+// Rounds a row of V floats to nearest. Returns the scale.
 static inline float quantise_row(const float* row, int64_t V, int8_t* to) {
-  const float scale = largest(row, V) / 127.f;
-  const float inverse = scale > 0.f ? 1.f / scale : 0.f;
-  for (int64_t c = 0; c < V; c += kLanes) store(to + c, load(row + c) * inverse);
-  return scale;
+  VecI largest{};
+  for (int64_t c = 0; c < V; c += kLanes) largest = larger(largest, size_bits(load(row + c)));
+  const RowScale by(largest);
+  for (int64_t c = 0; c < V; c += kLanes) store(to + c, load(row + c) * by.inverse);
+  return by.scale;
+}
+// The same of a row in registers.
+template <int NV>
+inline __attribute__((always_inline)) float quantise_vectors(const Vec (&row)[NV], int8_t* to) {
+  VecI largest[NV];
+#pragma GCC unroll 8
+  for (int j = 0; j < NV; ++j) largest[j] = size_bits(row[j]);
+#pragma GCC unroll 4
+  for (int width = NV / 2; width > 0; width /= 2)
+#pragma GCC unroll 4
+    for (int j = 0; j < width; ++j) largest[j] = larger(largest[j], largest[j + width]);
+  const RowScale by(largest[0]);
+#pragma GCC unroll 8
+  for (int j = 0; j < NV; ++j) store(to + j * kLanes, row[j] * by.inverse);
+  return by.scale;
 }
 
 // Row r of a state as floats, and back.
@@ -149,6 +170,12 @@ inline __attribute__((always_inline)) void fold_rows(State<S> state, int64_t r, 
         for (int a = 0; a < R; ++a) x[a][j] += factor[a] * v;
       }
     }
+    if constexpr (State<S>::kQuantised)
+      if (one_block(V)) {
+#pragma GCC unroll 4
+        for (int a = 0; a < R; ++a) state.scales[r + a] = quantise_vectors(x[a], elements + a * V);
+        return;
+      }
 #pragma GCC unroll 4
     for (int a = 0; a < R; ++a)
 #pragma GCC unroll 8
@@ -182,7 +209,7 @@ KVB_SINGLE_COPY void fold_state(const State<S>& state, int64_t K, int64_t V, con
     }
     for (; r < last; ++r) fold_rows<1>(state, r, K, V, decay, weighted_keys, values, n, rows + (r - first) * V);
     if constexpr (State<S>::kQuantised)
-      for (r = first; r < last; ++r) store_row(state, r, V, rows + (r - first) * V);
+      for (r = one_block(V) ? last : first; r < last; ++r) store_row(state, r, V, rows + (r - first) * V);
   }
 }
 

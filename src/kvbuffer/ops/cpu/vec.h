@@ -218,20 +218,19 @@ inline __attribute__((always_inline)) Vec hsum_each(F&& v) {
                                  std::make_integer_sequence<int, kLanes>());
 }
 
+// The larger of each lane and the one across, of two that differ in the bit kWidth of their number.
+template <int kWidth, int... kLane>
+inline VecI larger_across(VecI v, std::integer_sequence<int, kLane...>) {
+  const VecI across = (VecI)KVB_SHUFFLE((Vec)v, (Vec)v, (kLane ^ kWidth)...);
+  return v > across ? v : across;
+}
 // The largest lane of a vector without negative ones: such floats are ordered as their bits are.
-static inline float hmax(Vec v) {
-  typedef int32_t Quad __attribute__((vector_size(16)));
-  Quad quads[kLanes / 4];
-  std::memcpy(quads, &v, sizeof(v));
-  Quad largest = quads[0];
-#pragma GCC unroll 4
-  for (int i = 1; i < kLanes / 4; ++i) largest = quads[i] > largest ? quads[i] : largest;
-  int32_t lane = largest[0];
-#pragma GCC unroll 4
-  for (int i = 1; i < 4; ++i) lane = largest[i] > lane ? largest[i] : lane;
-  float result;
-  std::memcpy(&result, &lane, sizeof(result));
-  return result;
+template <int kWidth = kLanes / 2>
+inline float hmax(VecI bits) {
+  if constexpr (kWidth == 0)
+    return ((Vec)bits)[0];
+  else
+    return hmax<kWidth / 2>(larger_across<kWidth>(bits, std::make_integer_sequence<int, kLanes>()));
 }
 
 // exp(x) to about 2 ulp: 2^n * p(r) after the Cephes range reduction; saturates instead of overflowing.
