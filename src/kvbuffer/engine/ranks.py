@@ -2,7 +2,7 @@
 
 Rank 0 sends each piece of work before it does its own part, and the others do theirs: first the memory plan, then
 batches for the model and copies and folds of memory, in the engine's order; None ends them. Everything that is computed
-follows from these messages. Gloo carries the messages and the sums.
+follows from these messages.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,25 +23,16 @@ from kvbuffer.cache.plan import MemoryPlan
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.cache.work import do_work
 from kvbuffer.engine.runner import Runner
-from kvbuffer.errors import ConfigError, KVBufferError
+from kvbuffer.engine.transport import STEP_TIMEOUT, connect, lost_if_it_fails
+from kvbuffer.errors import ConfigError
 from kvbuffer.models.decoder import Decoder
 from kvbuffer.models.inputs import ModelInputs
 from kvbuffer.models.parallel import ParallelDecoder
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-# A step is computed within this time, or a rank has gone.
-_STEP_TIMEOUT = timedelta(minutes=2)
-# Between messages there may be no requests for as long as one likes.
-_IDLE_TIMEOUT = timedelta(days=365)
 # Bytes of a message that travel with its length: a decode step fits.
 _HEAD = 8192
-
-
-class RankLostError(KVBufferError):
-    """Another process of the model has ended, or does not answer."""
 
 
 def is_follower() -> bool:
@@ -69,19 +59,10 @@ class ProcessRanks:
                 f"'torchrun --nproc-per-node {size} --no-python kvbuffer serve MODEL --tensor-parallel-size {size}'"
             )
         self.rank, self.size = int(os.environ["RANK"]), size
-        self._call(dist.init_process_group, "gloo", timeout=_STEP_TIMEOUT)
-        self._messages = self._call(dist.new_group, timeout=_IDLE_TIMEOUT)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum of every rank's ``x``, which is overwritten."""
-        self._call(dist.all_reduce, x)
-        return x
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Return every rank's ``x``, [size, *x.shape]."""
-        every = x.new_empty(self.size, *x.shape)
-        self._call(dist.all_gather, list(every.unbind()), x.contiguous())
-        return every
+        lost_if_it_fails(dist.init_process_group, "gloo", timeout=STEP_TIMEOUT)
+        transport = connect(self.rank, size)
+        self.all_reduce, self.all_gather = transport.all_reduce, transport.all_gather
+        self._broadcast = transport.broadcast
 
     def send(self, message: object) -> None:
         """Send something to the other ranks; for rank 0."""
@@ -112,17 +93,6 @@ class ProcessRanks:
         if self.rank == 0:
             self.send(None)
         dist.destroy_process_group()
-
-    def _broadcast(self, data: Tensor) -> None:
-        self._call(dist.broadcast, data, 0, group=self._messages)
-
-    def _call(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        try:
-            return function(*arguments, **options)
-        except RuntimeError as error:
-            raise RankLostError(
-                f"another process of this model has ended or does not answer, so nothing more can be computed ({error})"
-            ) from error
 
 
 class _Pickler(pickle.Pickler):
