@@ -106,7 +106,8 @@ def test_who_has_ended_is_named(tmp_path: Path) -> None:
     def work(transport: SharedMemoryTransport, rank: int) -> None:
         if rank == 1:
             os._exit(7)
-        with pytest.raises(RankLostError, match="rank 1 has ended"):
+        # The first who notices ends, too, and the second may find that.
+        with pytest.raises(RankLostError, match=r"rank [01] has ended"):
             transport.all_reduce(torch.ones(4))
 
     assert run(tmp_path, work) == (0, 7, 0)

@@ -142,7 +142,7 @@ class SharedMemoryTransport:
         """Return every process's bytes in this turn, [size, n] uint8, until the next but one."""
         self._turn += 1
         places = self._places[self._turn % 2, :, : own.nbytes]
-        places[self._rank].copy_(own.view(torch.uint8))
+        places[self._rank].view(own.dtype).copy_(own)
         self._raise(self._counters, self._rank, self._turn)
         begin = time.monotonic()
         while not self._wait_for(self._counters, self._size, self._turn, int(_PATIENCE * 1e9)):
@@ -157,6 +157,7 @@ class SharedMemoryTransport:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         except OSError:
             return False
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)  # so that others find it free, too
         return True
 
 
