@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from kvbuffer.errors import InvalidRequestError, ModelError
+
+_THINKING, END_OF_THINKING = "<think>", "</think>"
+#: A prompt that leaves the model thinking ends with so many tokens at the most: the tag and space.
+_THINKING_TAIL = 4
 
 
 class Tokenizer:
@@ -20,6 +25,7 @@ class Tokenizer:
         pretrained: transformers' tokenizer.
         vocab_size: token ids are below this.
         eos_token_id: the tokenizer's own end of sequence, if it has one.
+        end_of_thinking: the token that ends a model's thoughts, None if it has none.
         has_chat_template: whether :meth:`apply_chat_template` works without a template of the caller's.
 
     Raises:
@@ -35,6 +41,7 @@ class Tokenizer:
         self._backend: Any = getattr(self.pretrained, "backend_tokenizer", None)
         self.vocab_size: int = len(self.pretrained)
         self.eos_token_id: int | None = self.pretrained.eos_token_id
+        self._thinking, self.end_of_thinking = map(self._added_token, (_THINKING, END_OF_THINKING))
         self.has_chat_template: bool = bool(self.pretrained.chat_template)
 
     @property
@@ -42,6 +49,15 @@ class Tokenizer:
         """The source of the chat template, or of all there are; empty if there is none."""
         source = self.pretrained.chat_template or ""
         return source if isinstance(source, str) else "\n".join(source.values())
+
+    def _added_token(self, text: str) -> int | None:
+        token_id: int | None = self.pretrained.get_added_vocab().get(text)
+        return token_id
+
+    def is_thinking(self, token_ids: Sequence[int]) -> bool:
+        """Return whether a prompt ends by letting the model think: what comes next are thoughts, then ``</think>``."""
+        tail = token_ids[-_THINKING_TAIL:]
+        return self._thinking is not None and self._thinking in tail and self.end_of_thinking not in tail
 
     def has_same_tokens(self, other: Tokenizer) -> bool:
         """Return whether the two have the same tokens under the same ids."""

@@ -119,6 +119,23 @@ def test_other_requests_of_the_batch_are_free(engine: Engine) -> None:
     assert outputs.tokens["free"] == alone
 
 
+def test_a_model_thinks_before_the_form_begins(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, end = 300, 301
+    monkeypatch.setattr(engine.tokenizer, "_thinking", begin)
+    monkeypatch.setattr(engine.tokenizer, "end_of_thinking", end)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=30,
+        logit_bias={end: 100.0},
+        structured_outputs=StructuredOutputsParams(choice=["yes"]),
+    )
+    for name, tail in (("thinks", [begin, 10]), ("has thought", [begin, end])):
+        engine.add_request(name, [5, 6, *tail], params)
+    outputs = drain(engine)
+    assert outputs.tokens["thinks"] == [end, *outputs.tokens["has thought"]]
+    assert outputs.text["has thought"] == "yes"
+
+
 @pytest.mark.parametrize(
     ("structure", "message"),
     [
@@ -130,7 +147,9 @@ def test_other_requests_of_the_batch_are_free(engine: Engine) -> None:
         ({"json": {"allOf": [{"type": "string"}, {"minLength": 3}]}}, "'allOf', which cannot be enforced"),
         ({"regex": "(open"}, "parenthesis is not closed"),
         ({"grammar": "nothing"}, 'root rule with name "root" is not found'),
-        ({}, "exactly one of json, regex, choice, grammar, json_object, got none"),
+        ({}, "exactly one of json, regex, choice, grammar, json_object, structural_tag, got none"),
+        ({"structural_tag": "{bad"}, "cannot be used"),
+        ({"structural_tag": "{}"}, "cannot be used"),
         ({"regex": "a", "choice": ["b"]}, "got regex and choice"),
         ({"choice": []}, "choice as a list"),
         ({"choice": "ab"}, "choice as a list"),

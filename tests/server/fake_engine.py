@@ -32,6 +32,9 @@ class ByteTokenizer:
     has_chat_template = True
     chat_template = "{% if tools %}<tool_call>{% endif %}"
 
+    def is_thinking(self, token_ids: list[int]) -> bool:
+        return bytes(token_ids).endswith(b"<think>")
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 

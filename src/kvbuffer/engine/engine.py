@@ -191,7 +191,7 @@ class Engine:
                 )
         params.validate(vocab_size)
         structure = params.structured_outputs
-        grammar = None if structure is None else self.grammars.compile(structure)
+        grammar = None if structure is None else self.grammars.compile(structure, prompt_token_ids)
         request = Request(
             request_id,
             params,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,8 +40,10 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, sorted(eos_token_ids)
         self._compiler: xgrammar.GrammarCompiler | None = None
 
-    def compile(self, params: StructuredOutputsParams) -> Grammar:
+    def compile(self, params: StructuredOutputsParams, prompt_token_ids: Sequence[int] = ()) -> Grammar:
         """Return a grammar at its beginning. The first time, this may take seconds.
+
+        Where the prompt leaves the model thinking, the grammar is for what comes after its thoughts.
 
         Raises:
             InvalidRequestError: xgrammar cannot read it, or would not enforce all of it.
@@ -54,11 +56,13 @@ class GrammarCompiler:
             )
             self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
         try:
-            return Grammar(xgrammar.GrammarMatcher(_compile(self._compiler, params)), self._vocab_size)
+            matcher = xgrammar.GrammarMatcher(_compile(self._compiler, params))
         except (RuntimeError, ValueError) as error:
             # Without the place in xgrammar's source.
             reason = re.sub(r"^\[[\d:]+\] \S+: ", "", str(error)).strip()
             raise invalid_structure(f"cannot be used: {reason}") from error
+        is_thinking = self._tokenizer.is_thinking(prompt_token_ids)
+        return Grammar(matcher, self._vocab_size, self._tokenizer.end_of_thinking if is_thinking else None)
 
 
 def _compile(compiler: xgrammar.GrammarCompiler, params: StructuredOutputsParams) -> xgrammar.CompiledGrammar:
@@ -108,10 +112,11 @@ class Grammar:
     Args:
         matcher: xgrammar's.
         vocab_size: of the model.
+        begins_after: the token after which it begins; None for at once.
     """
 
-    def __init__(self, matcher: xgrammar.GrammarMatcher, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(self, matcher: xgrammar.GrammarMatcher, vocab_size: int, begins_after: int | None = None) -> None:
+        self._matcher, self._vocab_size, self._begins_after = matcher, vocab_size, begins_after
         self._bits = torch.empty(1, -(-vocab_size // 32), dtype=torch.int32)
 
     @property
@@ -121,10 +126,13 @@ class Grammar:
 
     def append(self, token_id: int) -> None:
         """Go on with a token that the last mask has allowed."""
-        self._matcher.accept_token(token_id)
+        if self._begins_after is None:
+            self._matcher.accept_token(token_id)
+        elif token_id == self._begins_after:
+            self._begins_after = None
 
     def mask(self, logits: npt.NDArray[np.float32]) -> None:
         """Set the ``logits`` [V] of tokens that cannot come next to minus infinity, in place."""
-        if self._matcher.fill_next_token_bitmask(self._bits):
+        if self._begins_after is None and self._matcher.fill_next_token_bitmask(self._bits):
             allowed = np.unpackbits(self._bits.numpy().view(np.uint8), bitorder="little")
             np.putmask(logits[: self._vocab_size], allowed[: self._vocab_size] == 0, -np.inf)

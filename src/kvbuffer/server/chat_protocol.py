@@ -144,7 +144,6 @@ class ChatCompletionRequest(SamplingBody, Conversation):
         "echo": (None, False),
         "function_call": (None, "none", "auto"),
         "functions": (None, []),
-        "include_reasoning": (None, True),
         "mm_processor_kwargs": (None,),
         "modalities": (None, ["text"]),
         "prediction": (None,),
@@ -161,6 +160,8 @@ class ChatCompletionRequest(SamplingBody, Conversation):
     max_completion_tokens: int | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    #: vLLM: whether the answer has the model's thoughts, if it has any.
+    include_reasoning: bool | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
 

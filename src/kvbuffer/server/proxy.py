@@ -22,11 +22,11 @@ from kvbuffer import __version__
 from kvbuffer.errors import InvalidRequestError
 from kvbuffer.server.app import MAX_BODY_BYTES
 from kvbuffer.server.chat_protocol import ChatCompletionRequest
+from kvbuffer.server.chat_reply import ChatReply
 from kvbuffer.server.errors import APIError, install_error_handlers
 from kvbuffer.server.instcache import InstCache, stored_response
 from kvbuffer.server.instcache_metrics import InstCacheCollector
 from kvbuffer.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware
-from kvbuffer.server.reply import ChatReply
 from kvbuffer.server.serving import chat_sampling_params, reply_options, request_id
 from kvbuffer.tokenizer import Tokenizer
 

@@ -1,20 +1,17 @@
-"""How the deltas of one HTTP request become its answer, whole or as server-sent events."""
+"""How the deltas of one HTTP request become its answer, whole or as server-sent events: what both endpoints share."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from json.encoder import encode_basestring_ascii as json_string
 from typing import Any
 
 from kvbuffer.engine.request import CompletionDelta, FinishReason, TokenLogprob
 from kvbuffer.errors import KVBufferError
 from kvbuffer.server.errors import APIError
-from kvbuffer.server.logprobs import TokenText, chat_logprobs, prompt_logprobs, text_logprobs
-from kvbuffer.server.tools import Call, CallReader, Toolbox
+from kvbuffer.server.logprobs import TokenText, prompt_logprobs
 
 END_OF_STREAM = b"data: [DONE]\n\n"
 
@@ -197,130 +194,3 @@ class Reply(ABC):
         stop_reason = json.dumps(delta.stop_reason)
         reason = self._finish_reason(index, delta.finish_reason)
         return f'"finish_reason": "{reason}", "stop_reason": {stop_reason}{token_ids}}}'
-
-
-class ChatReply(Reply):
-    """Answers ``/v1/chat/completions``; calls of ``tools`` are told from the text."""
-
-    object_name = "chat.completion"
-    chunk_object_name = "chat.completion.chunk"
-
-    def __init__(self, *args: Any, tools: Toolbox | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._started = [False] * len(self._index)
-        self._readers = None if tools is None else [CallReader(tools) for _ in self._index]
-        self._new_calls: list[list[Call]] = [[] for _ in self._index]
-
-    def _shown(self, index: int, delta: CompletionDelta) -> CompletionDelta:
-        if self._readers is None:
-            return delta
-        text, self._new_calls[index] = self._readers[index].read(delta.text, delta.finish_reason is not None)
-        return dataclasses.replace(delta, text=text)
-
-    def _has_news(self, index: int, delta: CompletionDelta) -> bool:
-        return bool(self._new_calls[index]) or super()._has_news(index, delta)
-
-    def _finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
-        called = self._readers is not None and self._readers[index].num_calls > 0
-        return "tool_calls" if called and reason is FinishReason.STOP else reason
-
-    def choice_chunk(self, index: int, delta: CompletionDelta) -> str:
-        """Return a chunk's choice; the first one of a choice carries the role."""
-        role = ""
-        if not self._started[index]:
-            self._started[index] = True
-            role = '"role": "assistant", '
-        logprobs = "null" if delta.logprobs is None else json.dumps(chat_logprobs(delta.logprobs, self._token_text))
-        tool_calls, calls = "", self._new_calls[index]
-        if calls and self._readers is not None:
-            first = self._readers[index].num_calls - len(calls)
-            tool_calls = (
-                f', "tool_calls": {json.dumps([{"index": i} | c.fields() for i, c in enumerate(calls, first)])}'
-            )
-        return (
-            f'{{"index": {index}, "delta": {{{role}"content": {json_string(delta.text)}{tool_calls}}}, '
-            f'"logprobs": {logprobs}, {self._ending(index, delta)}'
-        )
-
-    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-        """Return the choice with its message."""
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if self._readers is not None:
-            text, calls = self._readers[index].read(text, last=True)
-            message["content"] = text or None
-            if calls:
-                message["tool_calls"] = [call.fields() for call in calls]
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": None if logprobs is None else chat_logprobs(logprobs, self._token_text),
-        }
-
-    def _last_fields(self) -> dict[str, Any]:
-        return {"prompt_logprobs": self._prompt_entries(0)} if self._return_prompt_logprobs else {}
-
-
-class CompletionReply(Reply):
-    """Answers ``/v1/completions``.
-
-    Args:
-        prompts: their tokens.
-        echoes: the text of each prompt that is to be repeated, or "".
-        echo_logprobs: whether log-probabilities are repeated, too.
-    """
-
-    object_name = "text_completion"
-    chunk_object_name = "text_completion"
-
-    def __init__(
-        self,
-        *args: Any,
-        prompts: list[list[int]],
-        echoes: list[str],
-        echo_logprobs: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, num_prompts=len(prompts), **kwargs)
-        self._prompts = prompts
-        self._echo_logprobs = echo_logprobs
-        self._echoes = [echo for echo in echoes for _ in range(self._choices_per_prompt)]
-        self._text_offsets = [0] * len(self._index)
-
-    def choice_chunk(self, index: int, delta: CompletionDelta) -> str:
-        """Return a chunk's choice; the first one of a choice repeats the prompt if that was asked for."""
-        echo, self._echoes[index] = self._echoes[index], ""
-        logprobs = "null"
-        if delta.logprobs is not None:
-            logprobs = json.dumps(self._text_logprobs(index, delta.prompt_logprobs, delta.logprobs))
-        return (
-            f'{{"index": {index}, "text": {json_string(echo + delta.text)}, '
-            f'"logprobs": {logprobs}, {self._ending(index, delta)}'
-        )
-
-    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-        """Return the choice with its text."""
-        choice = {
-            "index": index,
-            "text": self._echoes[index] + text,
-            "logprobs": None,
-        }
-        if logprobs is not None:
-            choice["logprobs"] = self._text_logprobs(index, self._prompt_logprobs[index], logprobs)
-        if self._return_token_ids:
-            choice["prompt_token_ids"] = self._prompt(index)
-        if self._return_prompt_logprobs:
-            choice["prompt_logprobs"] = self._prompt_entries(index)
-        return choice
-
-    def _prompt(self, index: int) -> list[int]:
-        return self._prompts[index // self._choices_per_prompt]
-
-    def _text_logprobs(
-        self, index: int, of_prompt: Sequence[TokenLogprob] | None, of_output: Sequence[TokenLogprob]
-    ) -> dict[str, Any]:
-        first, shown = None, of_output
-        if self._echo_logprobs and of_prompt is not None:
-            first, shown = self._prompt(index)[0], [*of_prompt, *of_output]
-        fields = text_logprobs(shown, self._token_text, self._text_offsets[index], first)
-        self._text_offsets[index] += sum(map(len, fields["tokens"]))
-        return fields

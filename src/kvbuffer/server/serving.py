@@ -17,13 +17,16 @@ from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.structured_outputs import StructuredOutputsParams
 from kvbuffer.errors import InvalidRequestError
 from kvbuffer.server.chat_protocol import ChatCompletionRequest
+from kvbuffer.server.chat_reply import ChatReply
+from kvbuffer.server.completion_reply import CompletionReply
 from kvbuffer.server.errors import APIError
 from kvbuffer.server.instcache import InstCache, stored_response
 from kvbuffer.server.prompts import PromptEncoder
 from kvbuffer.server.protocol import CompletionRequest, SamplingBody
-from kvbuffer.server.reply import ChatReply, CompletionReply, Reply
+from kvbuffer.server.reply import Reply
 from kvbuffer.server.stream import EventStream, whole_answer
 from kvbuffer.server.tools import Toolbox
+from kvbuffer.tokenizer import END_OF_THINKING
 
 #: OpenAI's default of ``max_tokens`` in completions; chats may run until the context is full.
 COMPLETION_MAX_TOKENS = 16
@@ -80,13 +83,16 @@ class Serving:
             choices_per_prompt=params.n,
             token_text=self.token_text,
             tools=tools,
+            include_reasoning=body.include_reasoning is not False,
             **reply_options(body),
         )
         if self.instcache is not None:
             delta = self.instcache.answer(body, params, f"{reply.request_id}-0")
             if delta is not None:
+                reply.is_thinking = END_OF_THINKING in delta.text
                 return stored_response(delta, reply, bool(body.stream))
         prompt = await self.prompts.render(body)
+        reply.is_thinking = self.engine.engine.tokenizer.is_thinking(prompt)
         return await self._answer(body, request, [prompt], params, reply)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:

@@ -166,7 +166,7 @@ class CallReader:
                 calls.append(call)
             self._pending = self._pending[end + len(_END) :]
         if last or begin < 0:
-            kept = 0 if last else _overlap(self._pending, _BEGIN)
+            kept = 0 if last else overlap(self._pending, _BEGIN)
             cut = len(self._pending) - kept
             shown.append(self._pending[:cut])
             self._pending = self._pending[cut:]
@@ -176,6 +176,6 @@ class CallReader:
         return ("" if self.num_calls and not visible.strip() else visible), calls
 
 
-def _overlap(text: str, tag: str) -> int:
+def overlap(text: str, tag: str) -> int:
     """Return how many characters at the end of ``text`` may be the beginning of ``tag``."""
     return next((n for n in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-n:])), 0)
