@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvbuffer.engine.structured_outputs import StructuredOutputsParams, invalid_structure
+from kvbuffer.engine.structured_outputs import MAX_SPACE, StructuredOutputsParams, invalid_structure
 
 if TYPE_CHECKING:
     import xgrammar
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 #: Bytes of compiled grammars that are kept for later requests.
 _CACHE_BYTES = 128 << 20
-#: Characters of space between two tokens of JSON: a model that has lost its way would write space for ever.
-_MAX_SPACE = 64
 _ANY_OBJECT = '{"type": "object", "additionalProperties": true}'
 #: What xgrammar reads in a JSON schema, and then does not enforce.
 _UNENFORCED = ("not", "if", "dependentRequired", "dependentSchemas", "contains", "uniqueItems")
@@ -75,7 +73,7 @@ def _compile(compiler: xgrammar.GrammarCompiler, params: StructuredOutputsParams
             raise invalid_structure(f"has a schema that is not JSON: {error}") from error
         for keyword in _unenforced(schema):
             raise invalid_structure(f"has a schema with {keyword!r}, which cannot be enforced; leave it out")
-        return compiler.compile_json_schema(text, max_whitespace_cnt=_MAX_SPACE)
+        return compiler.compile_json_schema(text, max_whitespace_cnt=MAX_SPACE)
     if params.regex is not None:
         return compiler.compile_regex(params.regex)
     if params.choice is not None:
@@ -85,7 +83,7 @@ def _compile(compiler: xgrammar.GrammarCompiler, params: StructuredOutputsParams
         return compiler.compile_grammar(params.grammar)
     if params.structural_tag is not None:
         return compiler.compile_structural_tag(params.structural_tag)
-    return compiler.compile_json_schema(_ANY_OBJECT, max_whitespace_cnt=_MAX_SPACE)
+    return compiler.compile_json_schema(_ANY_OBJECT, max_whitespace_cnt=MAX_SPACE)
 
 
 def _unenforced(schema: object) -> Iterator[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from kvbuffer.errors import InvalidRequestError
 
+#: Characters of space between two tokens of JSON: a model that has lost its way would write space for ever.
+MAX_SPACE = 64
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from kvbuffer.engine.structured_outputs import StructuredOutputsParams
+from kvbuffer.engine.structured_outputs import MAX_SPACE, StructuredOutputsParams
 from kvbuffer.server.chat_protocol import Tool, ToolChoice
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
@@ -80,6 +80,7 @@ class Toolbox:
                     "type": "json_schema",
                     "json_schema": self._schemas[name],
                     "style": "json" if self._style == "json" else "qwen_xml",
+                    "max_whitespace_cnt": MAX_SPACE,
                 },
                 "end": f"}}\n{_END}" if self._style == "json" else f"\n</function>\n{_END}",
             }
