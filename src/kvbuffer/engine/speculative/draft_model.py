@@ -6,7 +6,7 @@ What it guesses are records like any others. Where the model says something else
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ class DraftModelDrafter(Drafter):
         self.max_num_batched_tokens = max_num_batched_tokens
         self._followers: dict[Request, _Follower] = {}
 
-    def observe(self, committed: Sequence[Committed], hidden: Tensor | None) -> None:
+    def observe(self, committed: Iterable[Committed], hidden: Tensor | None) -> None:
         """Compute prompts as the model does, but for their last tokens."""
         batch = []
         for request, begin, rows in committed:

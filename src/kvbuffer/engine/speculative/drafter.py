@@ -10,7 +10,7 @@ the very number that the model's token at that output position is drawn with: th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -88,7 +88,7 @@ class Drafter(ABC):
             A draft for each request; one without tokens if there is nothing to propose.
         """
 
-    def observe(self, committed: Sequence[Committed], hidden: Tensor | None) -> None:  # noqa: B027  # optional
+    def observe(self, committed: Iterable[Committed], hidden: Tensor | None) -> None:  # noqa: B027  # optional
         """Learn what a step has computed; requests that end with it still have their memory.
 
         Args:

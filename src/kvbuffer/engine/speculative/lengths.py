@@ -9,16 +9,12 @@ costs little.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from kvbuffer.engine.request import Request
-
-Float = npt.NDArray[np.float64]
 
 #: What is measured anew counts for this much of an average.
 _STEP_SHARE, _TRIAL_SHARE = 0.1, 0.1
@@ -90,13 +86,13 @@ class _History:
 
     Attributes:
         acceptance: p, how often a token was accepted whose predecessors were.
+        tried: the step in which drafts that do not seem to pay were last tried; tokens accepted since put it back.
         found: q, how often the drafter had anything to propose.
-        saved: tokens that may be lost by trying drafts which do not seem to pay.
     """
 
     acceptance: float
+    tried: float
     found: float = 1.0
-    saved: float = 0.0
 
 
 @dataclass
@@ -112,51 +108,70 @@ class DraftLengths:
     _histories: dict[Request, _History] = field(default_factory=dict)
     _acceptance: float = _FIRST_GUESS
     _ask_seconds: float = 0.0
+    _step: int = 0
+    _resting: list[Request] = field(default_factory=list)
+    _rest_end: float = 0.0
 
     def choose(self, requests: Sequence[Request]) -> list[int]:
         """Return how many tokens to draft for each of the requests that decode in a step."""
         if not requests:
             return []
+        self._step += 1
+        if self._step <= self._rest_end and requests == self._resting:
+            return [0] * len(requests)
         cost = self._cost(len(requests))
         if cost.num_plain < _LEAST_STEPS or cost.steps_since_plain >= _PLAIN_INTERVAL:
             return [0] * len(requests)
         histories = [self._history(request) for request in requests]
-        acceptance = np.array([history.acceptance for history in histories])
-        found = np.array([history.found for history in histories])
-        lengths: list[int] = self._best_lengths(acceptance, found, cost).tolist()
+        lengths = self._best_lengths(histories, cost)
         if not cost.num_drafted:
             return [min(length, _FIRST_LENGTH) for length in lengths]
-        # What a try costs, in tokens that could have been generated meanwhile.
+        # What a try costs, in tokens that could have been generated meanwhile; and in how many steps these are saved.
         lost = (cost.per_token + self._ask_seconds) * len(requests) / cost.plain
+        interval = lost / _TRY_SHARE
         for i, history in enumerate(histories):
-            history.saved += _TRY_SHARE
-            if not lengths[i] and history.saved > lost:
+            if not lengths[i] and self._step > history.tried + interval:
                 lengths[i] = 1
             if lengths[i]:
-                history.saved = 0.0
+                history.tried = self._step
+        if not any(lengths):
+            # Nothing is learned until the first of them is tried again, and nothing has to be worked out.
+            self._resting = list(requests)
+            self._rest_end = min(history.tried for history in histories) + interval
         return lengths
 
-    def _best_lengths(self, acceptance: Float, found: Float, cost: _StepCost) -> npt.NDArray[np.int64]:
-        """Return the lengths [B] with the highest rate of tokens, none if that is hardly more than without drafts."""
-        count = len(acceptance)
-        gains = acceptance[:, None] ** np.arange(1, self.most + 1)  # [B, most], falling along a draft
-        order = np.argsort(-gains, axis=None)
-        weights = np.repeat(found, self.most)[order]
-        tokens = count + np.cumsum(weights * gains.ravel()[order])
-        rates = tokens / (cost.plain + self._ask_seconds * count + cost.per_token * np.cumsum(weights))
-        best = int(rates.argmax())
-        if rates[best] < _LEAST_GAIN * count / cost.plain:
-            return np.zeros(count, np.int64)
-        used = gains >= gains.ravel()[order[best]]
-        worth_asking = found * (gains * used).sum(1) > rates[best] * self._ask_seconds
-        lengths: npt.NDArray[np.int64] = used.sum(1) * worth_asking
-        return lengths
+    def _best_lengths(self, histories: Sequence[_History], cost: _StepCost) -> list[int]:
+        """Return the lengths with the highest rate of tokens, none if that is hardly more than without drafts."""
+        count = len(histories)
+        tokens, seconds = float(count), cost.plain + self._ask_seconds * count
+        lengths, gains = [0] * count, [0.0] * count
+        likeliest = [(-history.acceptance, i) for i, history in enumerate(histories)]
+        heapq.heapify(likeliest)
+        # Later tokens are less likely: the rate has its maximum where the next one brings less than it.
+        while likeliest and -likeliest[0][0] * seconds > tokens * cost.per_token:
+            gain, i = -likeliest[0][0], likeliest[0][1]
+            history = histories[i]
+            lengths[i] += 1
+            gains[i] += gain
+            tokens += history.found * gain
+            seconds += history.found * cost.per_token
+            if lengths[i] < self.most:
+                heapq.heapreplace(likeliest, (-gain * history.acceptance, i))
+            else:
+                heapq.heappop(likeliest)
+        rate = tokens / seconds
+        if rate < _LEAST_GAIN * count / cost.plain:
+            return [0] * count
+        worth_asking = (
+            history.found * gain > rate * self._ask_seconds for history, gain in zip(histories, gains, strict=True)
+        )
+        return [length * worth for length, worth in zip(lengths, worth_asking, strict=True)]
 
     def observe_draft(self, request: Request, depth: int, num_accepted: int) -> None:
         """Take note of how a draft fared, ``depth`` tokens along its longest path."""
         history = self._history(request)
         history.found += _TRIAL_SHARE * (1.0 - history.found)
-        history.saved += num_accepted
+        history.tried -= num_accepted / _TRY_SHARE
         for trial in range(min(depth, num_accepted + 1)):
             accepted = float(trial < num_accepted)
             history.acceptance += _TRIAL_SHARE * (accepted - history.acceptance)
@@ -181,9 +196,9 @@ class DraftLengths:
 
     def _history(self, request: Request) -> _History:
         if request not in self._histories:
-            self._histories[request] = _History(self._acceptance)
+            self._histories[request] = _History(self._acceptance, self._step)
         return self._histories[request]
 
     def _cost(self, num_requests: int) -> _StepCost:
         # Steps of about the same size: two sizes to a doubling.
-        return self._costs.setdefault(round(2 * np.log2(num_requests)), _StepCost())
+        return self._costs.setdefault(round(2 * math.log2(num_requests)), _StepCost())

@@ -73,9 +73,10 @@ class MtpDrafter(Drafter):
         self.model, self.head, self.cache, self.memory = model, model.mtp, cache, memory
         self._waiting: dict[Request, _Waiting] = {}
 
-    def observe(self, committed: Sequence[Committed], hidden: Tensor | None) -> None:
+    def observe(self, committed: Iterable[Committed], hidden: Tensor | None) -> None:
         """Keep the hidden states of decoded tokens; compute prompts, which other requests may share, at once."""
         assert hidden is not None
+        committed = list(committed)
         for part in committed:
             self._add(part.request, part.begin, _rows(hidden, part.rows))
         self._catch_up(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -65,28 +65,33 @@ class Speculator:
     def draft(self, requests: Sequence[Request]) -> dict[Request, Draft]:
         """Return drafts for those of the decoding ``requests`` for which there is something to propose."""
         began = time.perf_counter()
-        wanted = [self._most] * len(requests) if self._lengths is None else self._lengths.choose(requests)
-        most = self._budget // len(requests) - 1 if requests else 0
-        # The token that is sampled behind a draft must still fit.
-        limits = [
-            min(length, most, request.max_len - len(request.token_ids) - 1)
-            for request, length in zip(requests, wanted, strict=True)
-        ]
-        asked = [(request, limit) for request, limit in zip(requests, limits, strict=True) if limit > 0]
+        limits = self._limits(requests)
         drafts: dict[Request, Draft] = {}
-        if asked:
-            chosen, limits = map(list, zip(*asked, strict=True))
-            proposed = zip(chosen, self.drafter.propose(chosen, limits), strict=True)
+        if limits:
+            proposed = zip(limits, self.drafter.propose(list(limits), list(limits.values())), strict=True)
             drafts = {request: draft for request, draft in proposed if draft.token_ids}
         self._seconds = time.perf_counter() - began
         self.stats.draft_seconds += self._seconds
-        if self._lengths is not None and asked:
-            for request, _ in asked:
+        if self._lengths is not None and limits:
+            for request in limits:
                 if request not in drafts:
                     self._lengths.observe_nothing_found(request)
             if not drafts:
-                self._lengths.observe_search(len(asked), self._seconds)
+                self._lengths.observe_search(len(limits), self._seconds)
         return drafts
+
+    def _limits(self, requests: Sequence[Request]) -> dict[Request, int]:
+        """Return the most tokens to draft for each of the requests for which any are wanted."""
+        wanted = [self._most] * len(requests) if self._lengths is None else self._lengths.choose(requests)
+        if not any(wanted):
+            return {}
+        most = self._budget // len(requests) - 1
+        # The token that is sampled behind a draft must still fit.
+        limits = {
+            request: min(length, most, request.max_len - len(request.token_ids) - 1)
+            for request, length in zip(requests, wanted, strict=True)
+        }
+        return {request: limit for request, limit in limits.items() if limit > 0}
 
     def observe(
         self, batch: Sequence[Segment], accepted: Mapping[Request, list[int]], hidden: Tensor | None, seconds: float
@@ -130,8 +135,8 @@ class Speculator:
             self._lengths.forget(request)
 
 
-def _committed(batch: Sequence[Segment], accepted: Mapping[Request, list[int]]) -> list[Committed]:
-    """Return which tokens of a step count, and in which rows they were."""
+def _committed(batch: Sequence[Segment], accepted: Mapping[Request, list[int]]) -> Iterator[Committed]:
+    """Yield which tokens of a step count, and in which rows they were."""
     rows: dict[Request, list[int]] = {}
     row = 0
     for segment in batch:
@@ -141,4 +146,5 @@ def _committed(batch: Sequence[Segment], accepted: Mapping[Request, list[int]]) 
         if drafts < end:
             rows[segment.request].extend(drafts + place for place in accepted[segment.request])
         row = end
-    return [Committed(request, request.num_computed_tokens - len(own), own) for request, own in rows.items()]
+    for request, own in rows.items():
+        yield Committed(request, request.num_computed_tokens - len(own), own)

@@ -6,7 +6,7 @@ model is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -63,7 +63,7 @@ class SuffixDrafter(Drafter):
             match = automaton.step(match, token)
         return Draft(token_ids), score
 
-    def observe(self, committed: Sequence[Committed], hidden: Tensor | None) -> None:
+    def observe(self, committed: Iterable[Committed], hidden: Tensor | None) -> None:
         """Read prompts as they are computed, not all at once."""
         for part in committed:
             if part.begin < part.request.num_prefill_tokens:
