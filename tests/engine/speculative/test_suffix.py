@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -13,7 +14,8 @@ from kvbuffer.engine.sampling_state import SamplingState
 from kvbuffer.engine.speculative.drafter import Committed, Draft
 from kvbuffer.engine.speculative.suffix import History, SuffixDrafter
 from kvbuffer.engine.speculative.suffix_automaton import NO_MATCH
-from tests.engine.speculative.test_verification import greedy, run
+from tests.engine.speculative.test_verification import PROMPTS, greedy, run
+from tests.support.checkpoints import VOCAB_SIZE
 from tests.support.plans import sized_engine
 
 PARAMS = SamplingParams()
@@ -54,12 +56,29 @@ def test_a_period_goes_on() -> None:
     assert drafter().propose([request([5, 5, 5])], [4]) == [Draft([5, 5, 5, 5])]
 
 
-@pytest.mark.parametrize(("min_token_prob", "proposed"), [(0.7, []), (0.6, [2]), (0.3, [2, 3])])
-def test_rare_continuations_are_left_out(min_token_prob: float, proposed: list[int]) -> None:
-    """After 1 came 2 in two cases of three, and then 3 in one of two."""
-    text = [1, 2, 3, 9, 1, 5, 8, 1, 2, 4, 7, 1]
-    (draft,) = drafter(min_token_prob=min_token_prob).propose([request(text)], [2])
-    assert draft == Draft(proposed)
+#: After 1 came 2 in two cases of three, and then 3 in one of two.
+BRANCHING = [1, 2, 3, 9, 1, 5, 8, 1, 2, 4, 7, 1]
+
+
+@pytest.mark.parametrize(
+    ("min_token_prob", "proposed"),
+    [(0.7, Draft([])), (0.6, Draft([2])), (0.3, Draft([2, 5, 3, 4, 8], [-1, -1, 0, 0, 1]))],
+)
+def test_rare_continuations_are_left_out(min_token_prob: float, proposed: Draft) -> None:
+    assert drafter(min_token_prob=min_token_prob, max_spec_factor=5.0).propose([request(BRANCHING)], [5]) == [proposed]
+
+
+@pytest.mark.parametrize(
+    ("limit", "proposed"), [(1, Draft([2])), (2, Draft([2, 5], [-1, -1])), (3, Draft([2, 5, 3], [-1, -1, 0]))]
+)
+def test_the_likeliest_tokens_share_the_budget(limit: int, proposed: Draft) -> None:
+    """5 is as likely as 3 or 4 behind 2; of equals the one that was found first is proposed."""
+    assert drafter().propose([request(BRANCHING)], [limit]) == [proposed]
+
+
+def test_where_the_path_is_likelier_than_a_branch_the_draft_is_a_chain() -> None:
+    text = [*[1, 2, 3, 4] * 4, 1, 5, 1, 2, 3, 4, 1]
+    assert drafter().propose([request(text, [2])], [3]) == [Draft([3, 4, 1])]
 
 
 @pytest.mark.parametrize(("factor", "proposed"), [(0.5, 1), (1.0, 2), (2.0, 4)])
@@ -133,6 +152,26 @@ def test_the_model_says_what_it_says_without(tiny: Path, buffer_len: int) -> Non
     assert accepted < drafted
     assert run(engine, texts, greedy(40)).tokens == plain
     assert stats.num_accepted_tokens - accepted > 100
+
+
+@pytest.mark.parametrize("buffer_len", [1, 3, 16])
+def test_the_model_says_what_it_says_without_trees(tiny: Path, buffer_len: int) -> None:
+    """What was said before went on otherwise at every fifth place or so: drafts branch there, before and behind folds."""
+    plain = run(sized_engine(tiny, max_model_len=160, buffer_len=buffer_len), PROMPTS, greedy()).tokens
+    config = {"method": "suffix", "num_speculative_tokens": 12, "adaptive": False, "suffix_decoding_max_spec_factor": 4}
+    options = {"slots": 16, "pages": 128, "max_model_len": 160, "buffer_len": buffer_len}
+    engine = sized_engine(tiny, speculative_config=config, **options)
+    suffix, random, drafts = engine._speculator.drafter, Random(0), []
+    for output in 4 * list(plain.values()):
+        said = [token if random.random() < 0.8 else random.randrange(VOCAB_SIZE) for token in output]
+        suffix.history.add(said, None)
+    propose = suffix.propose
+    suffix.propose = lambda *args: drafts.extend(propose(*args)) or drafts[-len(args[0]) :]
+    assert run(engine, PROMPTS, greedy()).tokens == plain
+    trees = [draft for draft in drafts if draft.parents is not None]
+    assert max(draft.depth for draft in trees) > 3
+    stats = engine.stats.speculative
+    assert stats.num_accepted_tokens > len(trees) > 20
 
 
 def test_a_request_that_is_forgotten_before_its_first_draft_leaves_nothing() -> None:

@@ -6,6 +6,7 @@ model is needed.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
@@ -21,7 +22,7 @@ _VOLUMES = 4
 
 
 class SuffixDrafter(Drafter):
-    """Proposes the continuations that were most frequent after the longest match of a request's last tokens.
+    """Proposes what was most frequent after the longest match of a request's last tokens, as a chain or a tree.
 
     Args:
         max_context: longest match, in tokens.
@@ -43,25 +44,39 @@ class SuffixDrafter(Drafter):
     def _propose(self, request: Request, limit: int) -> Draft:
         best, best_rank = NO_DRAFT, (0.0, 0)
         for automaton, match in self._read(request, len(request.token_ids)).matches():
-            draft, score = self._most_frequent(automaton, match, min(limit, int(self.max_spec_factor * match.length)))
+            draft, score = self._likeliest(automaton, match, min(limit, int(self.max_spec_factor * match.length)))
             if (score, match.length) > best_rank:
                 best, best_rank = draft, (score, match.length)
         return best
 
-    def _most_frequent(self, automaton: SuffixAutomaton, match: Match, limit: int) -> tuple[Draft, float]:
-        """Follow the most frequent tokens, ``limit`` of them; return how many of them are expected to be right, too."""
+    def _likeliest(self, automaton: SuffixAutomaton, match: Match, limit: int) -> tuple[Draft, float]:
+        """Return the ``limit`` likeliest tokens, a tree; and how many of them are expected to be right.
+
+        A token is as likely as the path to it, so the likeliest next one follows one that is there. Where that is always
+        the last, the tree is a chain.
+        """
         token_ids: list[int] = []
-        probability, score = 1.0, 0.0
+        parents: list[int] = []
+        score, place, probability = 0.0, -1, 1.0
+        # Of equals the earliest comes first.
+        candidates: list[tuple[float, int, int, int, int, Match]] = []
         while len(token_ids) < limit:
             followers = automaton.followers(match)
-            token = max(followers, key=lambda token: followers[token])
-            probability *= followers[token] / sum(followers.values())
-            if probability < self.min_token_prob or token == _END_OF_TEXT:
+            total = sum(followers.values())
+            for i, (token, count) in enumerate(followers.items()):
+                share = probability * count / total
+                if share >= self.min_token_prob and token != _END_OF_TEXT:
+                    heapq.heappush(candidates, (-share, place, i, token, place, match))
+            if not candidates:
                 break
+            share, _, _, token, parent, match = heapq.heappop(candidates)
+            place, probability = len(token_ids), -share
             token_ids.append(token)
+            parents.append(parent)
             score += probability
             match = automaton.step(match, token)
-        return Draft(token_ids), score
+        is_chain = parents == list(range(-1, len(parents) - 1))
+        return Draft(token_ids, None if is_chain else parents), score
 
     def observe(self, committed: Iterable[Committed], hidden: Tensor | None) -> None:
         """Read prompts as they are computed, not all at once."""
