@@ -156,7 +156,7 @@ def test_the_model_says_what_it_says_without(tiny: Path, buffer_len: int) -> Non
 
 @pytest.mark.parametrize("buffer_len", [1, 3, 16])
 def test_the_model_says_what_it_says_without_trees(tiny: Path, buffer_len: int) -> None:
-    """What was said before went on otherwise at every fifth place or so: drafts branch there, before and behind folds."""
+    """What was said before went on otherwise at every fifth place or so: drafts branch there, across all borders."""
     plain = run(sized_engine(tiny, max_model_len=160, buffer_len=buffer_len), PROMPTS, greedy()).tokens
     config = {"method": "suffix", "num_speculative_tokens": 12, "adaptive": False, "suffix_decoding_max_spec_factor": 4}
     options = {"slots": 16, "pages": 128, "max_model_len": 160, "buffer_len": buffer_len}

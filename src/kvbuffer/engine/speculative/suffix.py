@@ -52,8 +52,8 @@ class SuffixDrafter(Drafter):
     def _likeliest(self, automaton: SuffixAutomaton, match: Match, limit: int) -> tuple[Draft, float]:
         """Return the ``limit`` likeliest tokens, a tree; and how many of them are expected to be right.
 
-        A token is as likely as the path to it, so the likeliest next one follows one that is there. Where that is always
-        the last, the tree is a chain.
+        A token is as likely as the path to it, so the likeliest next one follows one that is there. Where that is
+        always the last, the tree is a chain.
         """
         token_ids: list[int] = []
         parents: list[int] = []
