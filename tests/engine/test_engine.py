@@ -81,13 +81,17 @@ class TestBatching:
         run(engine, prompts(12), greedy())
         assert 100 < max(sizes) <= engine.config.max_num_batched_tokens == 128
 
-    def test_a_thousand_requests_queue(self, engine: Engine) -> None:
-        for i in range(1000):
-            engine.add_request(str(i), [3 + i % 500, 4], greedy(1))
-        assert engine.stats.num_waiting == 1000
+    def test_ten_thousand_requests_queue_and_many_of_them_leave(self, tiny: Path) -> None:
+        engine = sized_engine(tiny, slots=32, pages=128, enable_prefix_caching=True, max_queue_len=None)
+        for i in range(10_000):
+            engine.add_request(str(i), [3 + i % 500, 4], greedy(1 + i % 3))
+        assert engine.stats.num_waiting == 10_000
+        for i in range(0, 10_000, 4):
+            engine.abort_request(str(i))
         outputs = drain(engine)
-        assert len(outputs.last) == 1000
-        assert outputs.tokens["0"] == outputs.tokens["500"]
+        assert len(outputs.last) == 7_500
+        assert all(len(tokens) == 1 + int(name) % 3 for name, tokens in outputs.tokens.items())
+        assert outputs.tokens["1"] == outputs.tokens["1501"]
 
     def test_requests_may_come_at_any_time(self, engine: Engine) -> None:
         batch, outputs = prompts(6), Outputs()
