@@ -26,11 +26,11 @@ inline State<S> state_of(const StatePool& pool, const Shape& shape, int64_t slot
 }
 
 // The state that the next task reads. A fold or a verification takes long enough to fetch `all` of it. Beside rows that
-// are only read once, the fewer lines of it are fetched the longer memory takes for it, so that there are two a row
-// whatever the type.
+// are only read once, every line of small elements, every other one of float32: the longer memory takes for a row, the
+// more its prefetchers do by themselves.
 template <class S>
 inline void expect_state(const State<S>& state, int64_t K, int64_t V, bool all, Ahead& ahead) {
-  ahead.expect(state.data, K * V * sizeof(S), all ? 1 : sizeof(S));
+  ahead.expect(state.data, K * V * sizeof(S), all || sizeof(S) < 4 ? 1 : 2);
   if constexpr (State<S>::kQuantised) ahead.expect(state.scales, K * sizeof(float));
 }
 
