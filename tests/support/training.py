@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from kvbuffer.train.config import TrainConfig
-from kvbuffer.train.data import prepare
-from tests.support.checkpoints import COMMON, MOE
+from kvbuffer.train.data import Batch, prepare
+from tests.support.checkpoints import COMMON, MOE, VOCAB_SIZE
 
 #: Name -> (transformers' class, what differs from COMMON). Each has two blocks, and halves in width and depth.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,10 +62,27 @@ def write_texts(folder: Path, documents: int = 40) -> Path:
     return folder
 
 
+def write_chats(folder: Path) -> Path:
+    """Write a JSONL file of conversations whose answers have many lengths."""
+    rng = random.Random(1)
+    with (folder / "chats.jsonl").open("w") as file:
+        for _ in range(60):
+            words = [rng.choice(("astate", "bkey")) for _ in range(rng.randrange(1, 40))]
+            turns = ({"role": "user", "content": words[0]}, {"role": "assistant", "content": " ".join(words)})
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return folder / "chats.jsonl"
+
+
 def prepare_tiny(folder: Path) -> Path:
     """Prepare tiny data for training, and return its folder."""
     prepare(write_texts(folder / "texts"), folder / "data", vocab_size=300, held_out=0.2)
     return folder / "data"
+
+
+def random_batch(rows: int, seq_len: int) -> Batch:
+    """A batch of random tokens, all of them learned."""
+    tokens = torch.randint(VOCAB_SIZE, (rows, seq_len + 1))
+    return Batch(tokens[:, :-1], tokens[:, 1:], float(rows * seq_len))
 
 
 def tiny_options(data: Path, out: Path, model: str = "llama", **changes: Any) -> TrainConfig:

@@ -9,8 +9,7 @@ import torch
 
 from kvbuffer.train.model import build, loss_of
 from kvbuffer.train.optim import Optimizers, learning_rate
-from tests.support.checkpoints import VOCAB_SIZE
-from tests.support.training import config_of
+from tests.support.training import config_of, random_batch
 
 
 def test_warm_up_stable_decay() -> None:
@@ -26,7 +25,7 @@ def test_muon_makes_the_update_of_every_expert_orthogonal() -> None:
     model = build(config_of("qwen3_next"), seed=0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizers = Optimizers(model, "muon", lr=1e-2, weight_decay=0.0)
-    loss_of(model, torch.randint(VOCAB_SIZE, (4, 33))).total.backward()
+    loss_of(model, random_batch(4, 32)).total.backward()
     optimizers.step(1.0)
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, parameter in model.named_parameters():
@@ -45,7 +44,7 @@ def test_muon_makes_the_update_of_every_expert_orthogonal() -> None:
 def test_state_is_taken_up_whole() -> None:
     """A step after loading is the step that would have come."""
     torch.manual_seed(1)
-    batches = [torch.randint(VOCAB_SIZE, (2, 17)) for _ in range(3)]
+    batches = [random_batch(2, 16) for _ in range(3)]
     models = [build(config_of("qwen3_next"), seed=0) for _ in range(2)]
     optimizers = [Optimizers(model, "muon", lr=1e-2, weight_decay=0.1) for model in models]
     for batch in batches[:2]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ import torch
 
 from kvbuffer import LLM, SamplingParams
 from kvbuffer.errors import ConfigError, KVBufferError, ModelError
-from kvbuffer.train.checkpoints import read_checkpoint
+from kvbuffer.train.checkpoints import read_checkpoint, read_config
+from kvbuffer.train.data import prepare
 from kvbuffer.train.records import read_log
 from kvbuffer.train.run import run
-from tests.support.training import tiny_options
+from tests.support.training import tiny_options, write_chats
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,27 +52,6 @@ while True:
     os.waitpid(child, 0)
     kills += 1
 print(kills)
-"""
-
-# Two forked processes with the environment that torchrun gives them.
-WORKERS = """
-import os, pathlib, socket, sys
-import torch
-from kvbuffer.train.run import run
-from tests.support.training import tiny_options
-
-torch.set_num_threads(1)
-data, out = map(pathlib.Path, sys.argv[1:])
-options = tiny_options(data, out, method="v-cycle", steps=8)
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
-child = os.fork()
-os.environ["RANK"] = "1" if child == 0 else "0"
-run(options, show_progress=False)
-if child:
-    sys.exit(os.waitpid(child, 0)[1])
 """
 
 
@@ -135,12 +118,42 @@ def test_bfloat16_follows_float32(data: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
-    run(tiny_options(data, tmp_path / "one", method="v-cycle", steps=8), show_progress=False)
-    program(WORKERS, data, tmp_path / "two")
+    """By torchrun and the command line, on conversations: each process has its own share of what is learned."""
+    prepare(write_chats(tmp_path), tmp_path / "data", vocab_size=300, held_out=0.2, tokenizer=data)
+    options = tiny_options(tmp_path / "data", tmp_path / "one", method="v-cycle", steps=8)
+    run(options, show_progress=False)
+    config = tmp_path / "options.yaml"
+    values = {name: value for name, value in options.as_json().items() if name not in ("data", "out")}
+    config.write_text(json.dumps(values))
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python",
+            sys.executable, "-c", "from kvbuffer.cli import main; main()",
+            "train", "run", options.data, tmp_path / "two", "--config", config, "--model", options.model,
+            "--threads", "1",
+        ],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": ":".join(["src", *sys.path]), "OMP_NUM_THREADS": "1"}, check=True,
+    )  # fmt: skip
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(one) == len(two)
     for ours, theirs in zip(one, two, strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 16}, {"moe_intermediate_size": 64}])
+def test_it_begins_with_a_checkpoint_and_grows_it(data: Path, tmp_path: Path, changes: dict[str, int]) -> None:
+    first = tiny_options(data, tmp_path / "first", "qwen3_next", method="scratch", steps=40)
+    run(first, show_progress=False)
+    path = tmp_path / "larger.json"
+    path.write_text(json.dumps({**read_config(first.model), **changes, "layer_types": None}))
+    options = replace(first, out=tmp_path / "second", model=path, init=first.out / "model", steps=1, lr=1e-9)
+    run(options, show_progress=False)
+    before, after = curve(first.out)[-1]["held_out"], curve(options.out)[-1]["held_out"]
+    untrained = curve(first.out)[3]["held_out"]
+    tolerance = 0.5 * (untrained - before) if changes else 1e-5
+    assert after == pytest.approx(before, abs=tolerance)
+    grown = read_checkpoint(options.out / "model")
+    assert all(grown.config[name] == value for name, value in changes.items())
 
 
 def test_what_stands_in_the_way_is_named(data: Path, tmp_path: Path) -> None:

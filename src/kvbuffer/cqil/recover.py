@@ -29,7 +29,7 @@ from kvbuffer.models.mtp import WEIGHTS as MTP_WEIGHTS
 from kvbuffer.tokenizer import Tokenizer
 from kvbuffer.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from kvbuffer.train.config import TrainConfig
-from kvbuffer.train.data import Batches, held_out_batches, read_info
+from kvbuffer.train.data import IGNORED, Batch, Batches, held_out_batches, read_info
 from kvbuffer.train.model import load
 from kvbuffer.train.optim import Optimizers, descend, learning_rate
 from kvbuffer.train.progress import Progress
@@ -72,7 +72,7 @@ def recover(options: TrainConfig, plan: CqilPlan, rank: int, show_progress: bool
         before, begin = quality(student, held_out), time.perf_counter()
         with Progress(options.steps, options, show_progress and processes.is_first) as progress:
             for step in range(options.steps):
-                token_ids = batches.batch(step, processes.rank, processes.size)[:, :-1]
+                token_ids = batches.batch(step, processes.rank, processes.size).tokens
                 with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
                     loss = divergence(student.teacher_logits(token_ids), student.logits(token_ids))
                 share = learning_rate(step, options.steps, options.warmup, options.decay)
@@ -93,12 +93,13 @@ def divergence(own: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def quality(student: Student, held_out: list[Tensor]) -> Quality:
-    """Return the student's quality over batches [rows, seq_len + 1] of tokens."""
+def quality(student: Student, held_out: list[Batch]) -> Quality:
+    """Return the student's quality over what batches want predicted."""
     tally = Tally()
     for batch in held_out:
-        own, other = student.teacher_logits(batch[:, :-1]), student.logits(batch[:, :-1])
-        tally.add(own.flatten(0, 1), other.flatten(0, 1), batch[:, 1:].flatten())
+        places = batch.targets != IGNORED
+        own, other = student.teacher_logits(batch.tokens), student.logits(batch.tokens)
+        tally.add(own[places], other[places], batch.targets[places])
     return tally.quality()
 
 

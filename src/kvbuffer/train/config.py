@@ -26,6 +26,7 @@ class TrainConfig:
         data: folder made by ``kvbuffer train prepare``.
         out: folder of the run; a run that was cut off there goes on.
         model: ``config.json`` (or its folder) of the model to train; vocabulary and special tokens are the data's.
+        init: checkpoint folder whose weights the first stage begins with, grown where its model is larger.
         method: how to get there, see :func:`~kvbuffer.train.plan.make_plan`.
         steps: training steps from scratch; other methods get the same FLOPs.
         budget: FLOPs to spend, as a share of those of ``steps`` steps.
@@ -58,6 +59,7 @@ class TrainConfig:
     data: Path
     out: Path
     model: Path
+    init: Path | None = None
     method: str = defaults.METHOD
     steps: int = defaults.STEPS
     budget: float = 1.0

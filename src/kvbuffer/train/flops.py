@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from kvbuffer.train.data import Batch
 from kvbuffer.train.model import build, loss_of
 from kvbuffer.train.optim import Optimizers
 
@@ -48,7 +49,8 @@ def step_flops(config: Mapping[str, Any], batch_size: int, seq_len: int, optimiz
     # Experts one by one: fused kernels have no formula, and do the same work.
     model.config._experts_implementation = "eager"
     optimizers = Optimizers(model, optimizer, lr=1e-3, weight_decay=0.0)
-    batch = torch.randint(config["vocab_size"], (1, seq_len + 1))
+    tokens = torch.randint(config["vocab_size"], (1, seq_len))
+    batch = Batch(tokens, tokens, float(seq_len))
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as passes:
         loss_of(model, batch).total.backward()
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as update:

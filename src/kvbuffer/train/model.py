@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from kvbuffer.errors import ModelError
-from kvbuffer.train.data import DataInfo
+from kvbuffer.train.data import IGNORED, Batch, DataInfo
 from kvbuffer.train.operators import Parameters
 from kvbuffer.train.widths import Shape, architecture_of
 
@@ -104,10 +104,12 @@ def set_parameters(model: nn.Module, parameters: Parameters) -> None:
             parameter.copy_(parameters[name])
 
 
-def loss_of(model: Any, batch: Tensor) -> Losses:
-    """Return the losses of predicting each token of batch [rows, seq_len + 1] from those before it."""
+def loss_of(model: Any, batch: Batch) -> Losses:
+    """Return the mean losses of predicting the targets of a batch; zero where it has none."""
     balance = getattr(model, "router_aux_loss_coef", 0.0) * (getattr(model, "num_experts", 0) > 1)
     arguments = {"output_router_logits": True} if balance else {}
-    out = model(input_ids=batch[:, :-1], use_cache=False, **arguments)
-    cross_entropy = F.cross_entropy(out.logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+    out = model(input_ids=batch.tokens, use_cache=False, **arguments)
+    logits = out.logits.flatten(0, 1).float()
+    summed = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    cross_entropy = summed / max(1.0, batch.learned)
     return Losses(cross_entropy, cross_entropy + balance * out.aux_loss if balance else cross_entropy)

@@ -118,6 +118,11 @@ class LevelMap:
             large[name] = (grown - row.offset).to(small[source].dtype).contiguous()
         return large
 
+    def widens(self, name: str) -> bool:
+        """Return whether this parameter of the large model is wider than the one it grows from."""
+        axes = [axis for axis in self.large.row(name).axes if axis is not None]
+        return any(self._ratios[width] > 1 for axis in axes for width in axis.widths)
+
     def _sources(self, large: Parameters) -> dict[str, list[str]]:
         sources: dict[str, list[str]] = {}
         for name in large:

@@ -36,6 +36,7 @@ class Start:
     """How a stage's weights come to be.
 
     Attributes:
+        checkpoint: folder of a model of this shape, or of a smaller one to be grown.
         coalesce: stage whose model is shrunk; None for fresh weights, or where one is grown.
         grow: stage whose model is grown.
         large: stage whose model the grown one is interpolated with; None for fresh weights.
@@ -43,6 +44,7 @@ class Start:
         pairing: which layers belong together.
     """
 
+    checkpoint: str | None = None
     coalesce: int | None = None
     grow: int | None = None
     large: int | None = None
@@ -106,7 +108,11 @@ def make_plan(options: TrainConfig, model: dict[str, Any], count: Count) -> list
         "small-first": _small_first,
     }
     total = options.budget * options.steps * count(model)
-    *earlier, last = methods[options.method](options, model, count)
+    stages = methods[options.method](options, model, count)
+    if options.init is not None:
+        start = Start(checkpoint=str(options.init), alpha=FRESH_ALPHA, pairing=options.pairing)
+        stages[0] = replace(stages[0], start=start, warmup=options.rewarm)
+    *earlier, last = stages
     left = total - sum(stage.steps * stage.step_flops for stage in earlier)
     if (steps := round(left / last.step_flops)) < 1:
         raise ConfigError(

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from kvbuffer.train.config import TrainConfig
 from kvbuffer.train.data import Batches, held_out_batches, read_info
 from kvbuffer.train.flops import step_flops
 from kvbuffer.train.model import build, complete_config, load, loss_of, parameters_of, set_parameters
-from kvbuffer.train.operators import LevelMap, interpolate
+from kvbuffer.train.operators import LevelMap, Parameters, interpolate
 from kvbuffer.train.optim import Optimizers, descend, learning_rate
 from kvbuffer.train.plan import Stage, make_plan
 from kvbuffer.train.progress import Progress
@@ -58,6 +59,18 @@ def _new_plan(options: TrainConfig) -> list[Stage]:
         return counts[key]
 
     return make_plan(options, config, count)
+
+
+def _grown(small: Any, fresh: Any, stage: Stage) -> Parameters:
+    """Return the parameters of a model in the shape of ``fresh``.
+
+    Those that grow in width are mixed with fresh ones, which parts the copies; in depth copies part by themselves.
+    """
+    levels = LevelMap(stage.config, small.config.to_dict(), stage.start.pairing)
+    grown = levels.decoalesce(parameters_of(small))
+    wider = {name: x for name, x in grown.items() if levels.widens(name)}
+    new = {name: x for name, x in parameters_of(fresh).items() if name in wider}
+    return {**grown, **interpolate(new, wider, stage.start.alpha)}
 
 
 class Run:
@@ -111,7 +124,9 @@ class Run:
         """Make the model that a stage starts with from the checkpoints of earlier ones."""
         stage, start = self._plan[index], self._plan[index].start
         model = build(stage.config, self._options.seed + index)
-        if start.coalesce is not None:
+        if start.checkpoint is not None:
+            set_parameters(model, _grown(load(Path(start.checkpoint)), model, stage))
+        elif start.coalesce is not None:
             levels = LevelMap(self._plan[start.coalesce].config, stage.config, start.pairing)
             set_parameters(model, levels.coalesce(parameters_of(self._finished(start.coalesce))))
         elif start.grow is not None:
@@ -176,7 +191,9 @@ class Run:
         """Return the mean loss on held-out text, in nats per token and bits per byte."""
         self._model.eval()
         with self._autocast():
-            losses: list[Tensor] = [loss_of(self._model, batch).cross_entropy * len(batch) for batch in self._held_out]
+            losses: list[Tensor] = [
+                loss_of(self._model, batch).cross_entropy * batch.learned for batch in self._held_out
+            ]
         self._model.train()
-        loss = float(torch.stack(losses).sum()) / sum(map(len, self._held_out))
+        loss = float(torch.stack(losses).sum()) / sum(batch.learned for batch in self._held_out)
         return {"held_out": loss, "bits_per_byte": loss * self._bits_per_byte}
