@@ -18,6 +18,8 @@ from pathlib import Path
 
 PACKAGE = "python3.11-doc"
 FOLDERS = ("library", "tutorial", "faq", "reference", "howto")
+UNSEEN_FOLDERS = ("whatsnew", "using", "extending", "installing", "distributing")
+"""No model is trained on these: what it makes of them is measured."""
 CORE_MODULES = ["builtins", "math", "os.path", "random", "itertools", "json", "time", "copy", "functools"]
 """The modules whose functions the model should know best, by their names in the documentation."""
 # Words that begin a description and are not a verb that says what a function does.
@@ -191,7 +193,13 @@ def docstring_records() -> Iterator[Record]:
 def plain_text(folder: Path | None) -> Iterator[str]:
     """Documents for plain language modelling."""
     yield from pydoc_data.topics.topics.values()
-    for path in sorted(path for name in FOLDERS for path in (folder / name).glob("*.rst*")) if folder else ():
+    if folder:
+        yield from pages(folder, FOLDERS)
+
+
+def pages(folder: Path, names: tuple[str, ...]) -> Iterator[str]:
+    """The documentation's pages in these of its folders, as plain text."""
+    for path in sorted(path for name in names for path in (folder / name).glob("*.rst*")):
         text = clean(path.read_text(encoding="utf-8"))
         text = re.sub(r"^\s*(\.\. |:\w+:|[-=*^~#]{4,}\s*$).*\n", "", text, flags=re.MULTILINE)
         yield re.sub(r"\n{3,}", "\n\n", text).replace("::\n", ":\n")
