@@ -18,7 +18,7 @@ from kvbuffer.cli_options import parse_size
 from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.speculative.config import SpeculativeConfig
 from kvbuffer.errors import ConfigError, ModelError
-from kvbuffer.server import launch
+from kvbuffer.server import app, launch
 from tests.server.fake_engine import FakeEngine
 
 runner = CliRunner()
@@ -98,6 +98,30 @@ def test_serve_takes_vllms_flags(served: dict[str, Any]) -> None:
         "log_level": "info",
     }
     assert {name: served[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "style", "tells_thoughts"),
+    [
+        ("", None, True),
+        ("--enable-auto-tool-choice --tool-call-parser hermes", "json", True),
+        ("--tool-call-parser qwen25 --reasoning-parser none", "json", False),
+        ("--enable-auto-tool-choice --tool-call-parser qwen3_coder --reasoning-parser qwen3", "tags", True),
+    ],
+)
+def test_serve_takes_the_parsers_of_vllm_and_sglang(
+    served: dict[str, Any], monkeypatch: pytest.MonkeyPatch, flags: str, style: str | None, tells_thoughts: bool
+) -> None:
+    create = app.create_app
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        served.update(kwargs)
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(app, "create_app", recorded)
+    result = runner.invoke(cli.app, ["serve", "some/model", "--port", "0", *flags.split()], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert (served["call_style"], served["tells_thoughts"]) == (style, tells_thoughts)
 
 
 def test_serve_takes_sglangs_flags(served: dict[str, Any]) -> None:

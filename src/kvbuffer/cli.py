@@ -21,6 +21,7 @@ from kvbuffer.cli_options import (
     CqilFile,
     Dtype,
     DtypeOption,
+    EnableAutoToolChoice,
     KvOnlyLen,
     LogLevel,
     MaxModelLen,
@@ -31,12 +32,16 @@ from kvbuffer.cli_options import (
     Model,
     ModelPath,
     PrefixCaching,
+    ReasoningParser,
+    ReasoningParserOption,
     RecordDtype,
     SpeculativeConfigOption,
     StateDtype,
     StateDtypeOption,
     TensorParallelSize,
     Threads,
+    ToolCallParser,
+    ToolCallParserOption,
     use_config_file,
 )
 from kvbuffer.cqil.command import cqil as cqil_commands
@@ -96,6 +101,9 @@ def serve(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Jinja file in place of the model's template."),
     ] = None,
+    tool_call_parser: ToolCallParserOption = ToolCallParser.AUTO,
+    enable_auto_tool_choice: EnableAutoToolChoice = True,
+    reasoning_parser: ReasoningParserOption = ReasoningParser.AUTO,
     uvicorn_log_level: Annotated[
         LogLevel, typer.Option("--uvicorn-log-level", "--log-level", help="How much the HTTP server logs.")
     ] = LogLevel.WARNING,
@@ -175,7 +183,14 @@ def serve(
         )
 
     server = Server(
-        create_app(async_engine, api_key=api_key, chat_template=template, instcache=answers),
+        create_app(
+            async_engine,
+            api_key=api_key,
+            chat_template=template,
+            call_style=tool_call_parser.style,
+            tells_thoughts=reasoning_parser is not ReasoningParser.NONE,
+            instcache=answers,
+        ),
         async_engine,
         shutdown_timeout_s=shutdown_timeout,
         log_level=uvicorn_log_level.value,

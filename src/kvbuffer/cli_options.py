@@ -9,7 +9,7 @@ import json
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,6 +31,33 @@ class StateDtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
+
+
+class ToolCallParser(StrEnum):
+    """How a model writes calls of tools, by vLLM's and SGLang's names."""
+
+    AUTO = "auto"
+    HERMES = "hermes"
+    QWEN = "qwen"
+    QWEN25 = "qwen25"
+    QWEN3_CODER = "qwen3_coder"
+    QWEN3_XML = "qwen3_xml"
+
+    @property
+    def style(self) -> Literal["json", "tags"] | None:
+        """The style, None where the chat template says which."""
+        if self is ToolCallParser.AUTO:
+            return None
+        return "tags" if self.value.startswith("qwen3") else "json"
+
+
+class ReasoningParser(StrEnum):
+    """Whether a model's thoughts are told from its answer; the named parsers do as auto does."""
+
+    AUTO = "auto"
+    NONE = "none"
+    QWEN3 = "qwen3"
+    DEEPSEEK_R1 = "deepseek_r1"
 
 
 class LogLevel(StrEnum):
@@ -169,6 +196,16 @@ TensorParallelSize = Annotated[
         help="Processes that each hold a part of the model; torchrun starts them.",
     ),
 ]
+ToolCallParserOption = Annotated[
+    ToolCallParser,
+    typer.Option("--tool-call-parser", help="How the model writes calls of tools; auto: as its chat template says."),
+]
+ReasoningParserOption = Annotated[
+    ReasoningParser,
+    typer.Option("--reasoning-parser", help="none leaves a model's thoughts in the answer's text."),
+]
+#: vLLM wants it said; here a request with tools says enough.
+EnableAutoToolChoice = Annotated[bool, typer.Option("--enable-auto-tool-choice", hidden=True)]
 PrefixCaching = Annotated[
     bool,
     typer.Option(

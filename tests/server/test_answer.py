@@ -8,7 +8,9 @@ import httpx
 import pytest
 
 from kvbuffer.server.answer import AnswerReader
+from tests.server.conftest import ClientFactory
 from tests.server.events import chunks
+from tests.server.fake_engine import FakeEngine
 from tests.server.test_tools import JSON_CALL, toolbox
 
 SIZES = [1, 2, 5, 8, 1000]
@@ -81,3 +83,10 @@ async def test_thoughts_without_an_answer(client: httpx.AsyncClient) -> None:
     choice = (await ask(client, max_tokens=3)).json()["choices"][0]
     assert choice["message"]["reasoning_content"] == "[us"
     assert (choice["message"]["content"], choice["finish_reason"]) == (None, "length")
+
+
+async def test_an_operator_may_leave_thoughts_in_the_text(make_client: ClientFactory) -> None:
+    async with make_client(FakeEngine(), tells_thoughts=False) as client:
+        message = (await ask(client)).json()["choices"][0]["message"]
+    assert message["content"] == "[user]hm</think>\n\nso<think>"
+    assert "reasoning_content" not in message

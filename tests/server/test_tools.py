@@ -199,6 +199,12 @@ class TestAnswers:
         assert response.json()["error"]["param"] == "tools"
         assert "knows no tools" in response.json()["error"]["message"]
 
+    async def test_the_operator_may_say_how_calls_are_written(self, make_client: ClientFactory) -> None:
+        conversation = [{"role": "user", "content": TAGS_CALL}]
+        async with make_client(FakeEngine(), call_style="tags") as client:
+            choice = (await self.ask(client, messages=conversation)).json()["choices"][0]
+        assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == ARGUMENTS
+
     async def test_tokens_of_a_prompt_with_tools(self, client: httpx.AsyncClient) -> None:
         response = await client.post("/tokenize", json={"messages": CONVERSATION, "tools": TOOLS})
         assert response.json()["count"] == len(f"[user]{JSON_CALL}{{get_weather}}{{now}}[assistant]")

@@ -19,8 +19,10 @@ from kvbuffer.server.instcache import InstCache
 from kvbuffer.server.instcache_metrics import InstCacheCollector
 from kvbuffer.server.metrics import make_registry
 from kvbuffer.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware
+from kvbuffer.server.prompts import PromptEncoder
 from kvbuffer.server.protocol import CompletionRequest, DetokenizeRequest, TokenizeTextRequest
 from kvbuffer.server.serving import Serving
+from kvbuffer.server.tools import CallStyle
 
 #: Far above any prompt, far below what parsing could not bear.
 MAX_BODY_BYTES = 32 * 2**20
@@ -31,6 +33,8 @@ def create_app(
     *,
     api_key: str | None = None,
     chat_template: str | None = None,
+    call_style: CallStyle | None = None,
+    tells_thoughts: bool = True,
     instcache: InstCache | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
@@ -40,10 +44,13 @@ def create_app(
         engine: serves the requests; not yet started.
         api_key: what clients must send as ``Authorization: Bearer``; None lets everyone in.
         chat_template: Jinja source that replaces the model's own chat template.
+        call_style: how the model writes calls of tools; None: as the chat template says.
+        tells_thoughts: whether a model's thoughts are told from its answer.
         instcache: answers first turns that were predicted.
         max_body_bytes: larger bodies are answered with 413.
     """
-    serving = Serving(engine, chat_template, instcache)
+    prompts = PromptEncoder(engine.engine.tokenizer, chat_template, call_style, tells_thoughts)
+    serving = Serving(engine, prompts, instcache)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvbuffer.errors import InvalidRequestError
 from kvbuffer.server.chat_protocol import ChatMessage, Conversation
-from kvbuffer.server.tools import call_style
+from kvbuffer.server.tools import CallStyle, call_style
 
 if TYPE_CHECKING:
     from kvbuffer.tokenizer import Tokenizer
@@ -36,13 +36,21 @@ class PromptEncoder:
 
     Attributes:
         chat_template: the template that replaces the model's own, or None.
-        call_style: how the template has calls of tools written, None if it has no tools.
+        call_style: how the model writes calls of tools, None if its template has no tools.
+        tells_thoughts: whether the model's thoughts are told from its answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: str | None = None,
+        style: CallStyle | None = None,
+        tells_thoughts: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self.chat_template = chat_template
-        self.call_style = call_style(tokenizer.chat_template if chat_template is None else chat_template)
+        self.call_style = style or call_style(tokenizer.chat_template if chat_template is None else chat_template)
+        self.tells_thoughts = tells_thoughts
         # One thread, because a fast tokeniser must not be used from several at once.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvbuffer-tokenizer")
 

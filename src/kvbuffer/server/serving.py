@@ -51,13 +51,11 @@ class Serving:
         instcache: answers that were predicted, or None.
     """
 
-    def __init__(
-        self, engine: AsyncEngine, chat_template: str | None = None, instcache: InstCache | None = None
-    ) -> None:
+    def __init__(self, engine: AsyncEngine, prompts: PromptEncoder, instcache: InstCache | None = None) -> None:
         tokenizer = engine.engine.tokenizer
         config = engine.engine.config
         self.engine, self.instcache = engine, instcache
-        self.prompts = PromptEncoder(tokenizer, chat_template)
+        self.prompts = prompts
         self.model_name: str = config.served_model_name or config.model
         self.token_text = cache(lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False))
 
@@ -89,10 +87,10 @@ class Serving:
         if self.instcache is not None:
             delta = self.instcache.answer(body, params, f"{reply.request_id}-0")
             if delta is not None:
-                reply.is_thinking = END_OF_THINKING in delta.text
+                reply.is_thinking = self.prompts.tells_thoughts and END_OF_THINKING in delta.text
                 return stored_response(delta, reply, bool(body.stream))
         prompt = await self.prompts.render(body)
-        reply.is_thinking = self.engine.engine.tokenizer.is_thinking(prompt)
+        reply.is_thinking = self.prompts.tells_thoughts and self.engine.engine.tokenizer.is_thinking(prompt)
         return await self._answer(body, request, [prompt], params, reply)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
