@@ -35,6 +35,7 @@ import numpy as np
 import torch
 
 from kvbuffer.bench import machine
+from kvbuffer.cache.shapes import run_order
 from kvbuffer.cache.store import allocate
 from kvbuffer.cqil.costs import Steps, take_turns
 from kvbuffer.cqil.plan import CqilPlan
@@ -147,19 +148,25 @@ def quality(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 def latency(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of a decode step, fused on this device."""
     config, rows = ModelConfig.from_folder(folder), []
-    chosen = [one for one in variants(config, args.first) if one["bypass"] == 1]
+    chosen = [one for one in variants(config, args.first) if one["bypass"] in (1, "all")]
     models = [(load(folder), ()), *((load(folder, variant), variant["groups"]) for variant in chosen)]
     for batch in args.batch:
         times = take_turns([Steps(model, groups, batch) for model, groups in models], args.rounds)
         alone = times[0]
         names = ["as it is", *(variant["name"].split(",")[0] for variant in chosen)]
         for name, (_, groups), seconds in zip(names, models, times, strict=True):
-            rows.append({"name": name, "batch": batch, "groups": groups, "ms": 1e3 * sum(seconds)})
-        for variant in chosen:
+            rows.append(timed(name, batch, config, groups, sum(seconds)))
+        for variant in (one for one in chosen if one["bypass"] == 1):
             kept = sum(alone) - sum(alone[i] for group in variant["groups"] for i in group[1:])
             size = len(variant["groups"][0])
             rows.append({"name": f"only the first of each {size}", "batch": batch, "ms": 1e3 * kept})
     return {"threads": torch.get_num_threads(), "rows": rows}
+
+
+def timed(name: str, batch: int, config: ModelConfig, groups: Groups, seconds: float) -> dict[str, Any]:
+    """A row of a table; ``depth`` counts layers and groups that run one after the other."""
+    depth = len(run_order(config.num_layers, groups))
+    return {"name": name, "batch": batch, "groups": groups, "depth": depth, "ms": 1e3 * seconds}
 
 
 class Lockstep(ParallelDecoder):
@@ -172,7 +179,7 @@ def rank_rows(folder: Path, args: argparse.Namespace, ranks: ProcessRanks) -> li
     """Milliseconds of a decode step on two processes."""
     config = ModelConfig.from_folder(folder)
     options = [("layers split", (), 0)]
-    options += [(f"groups of {n}, bypass {d}", groups_of(config, n, args.first), d) for n in (2, 4) for d in (0, 1)]
+    options += [(f"groups of {n}, bypass {d}", groups_of(config, n, args.first), d) for n in SIZES for d in (0, 1)]
     models = [
         (Lockstep(folder, config, config.dtype, 1024, False, groups, bypass, ranks), groups)
         for _, groups, bypass in options
@@ -181,7 +188,7 @@ def rank_rows(folder: Path, args: argparse.Namespace, ranks: ProcessRanks) -> li
     for batch in args.batch:
         times = take_turns([Steps(model, groups, batch) for model, groups in models], args.rounds)
         for (name, groups, _), seconds in zip(options, times, strict=True):
-            rows.append({"name": name, "batch": batch, "groups": groups, "ms": 1e3 * sum(seconds)})
+            rows.append(timed(name, batch, config, groups, sum(seconds)))
     return rows
 
 

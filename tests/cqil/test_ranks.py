@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from kvbuffer.models.parallel import ShardedReader, shard_config
 from tests.cqil.test_serving import prompts_of
 from tests.support import rank_worker
 from tests.support.checkpoints import make_checkpoint
+from tests.support.processes import run_processes
 
 ENGINE = {"dtype": "float32", "max_model_len": 256, "max_num_batched_tokens": 64, "memory": 64 << 20, "buffer_len": 4,
           "kv_only_len": 24, "show_progress": False}  # fmt: skip
@@ -49,7 +48,7 @@ def task_for(folder: Path, tmp_path: Path, cqil: Path | None = None, **changes: 
     return tmp_path / "task.json"
 
 
-def run_rank(task: Path, rank: int, port: int) -> None:
+def run_rank(rank: int, task: Path, port: int) -> None:
     environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()})
     rank_worker.run(task)
@@ -60,16 +59,7 @@ def fork(task: Path) -> tuple[int | None, ...]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run_rank, args=(task, rank, port)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + TIMEOUT_S
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-    return tuple(process.exitcode for process in processes)
+    return run_processes(2, run_rank, task, port, timeout_s=TIMEOUT_S)
 
 
 def plan_file(folder: Path, tmp_path: Path, groups: tuple[tuple[int, ...], ...], bypass: int) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 
 from kvbuffer.engine.transport import RankLostError, SharedMemoryTransport
 from kvbuffer.ops import dispatch
+from tests.support.processes import FORK, run_processes
 
 SIZE = 3
 TIMEOUT_S = 120
@@ -21,7 +21,7 @@ TIMEOUT_S = 120
 Work = Callable[[SharedMemoryTransport, int], None]
 
 
-def _process(path: Path, rank: int, ready: Barrier, work: Work) -> None:
+def _process(rank: int, path: Path, ready: Barrier, work: Work) -> None:
     library = dispatch.cpu_kernels()
     assert library is not None
     transport = SharedMemoryTransport(os.open(path, os.O_RDWR), rank, SIZE, library)
@@ -34,17 +34,7 @@ def run(tmp_path: Path, work: Work) -> tuple[int | None, ...]:
     dispatch.cpu_kernels()  # compiled once
     path = tmp_path / "shared"
     path.write_bytes(bytes(SharedMemoryTransport.num_bytes(SIZE)))
-    context = multiprocessing.get_context("fork")
-    ready = context.Barrier(SIZE)
-    processes = [context.Process(target=_process, args=(path, rank, ready, work)) for rank in range(SIZE)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + TIMEOUT_S
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-    return tuple(process.exitcode for process in processes)
+    return run_processes(SIZE, _process, path, FORK.Barrier(SIZE), work, timeout_s=TIMEOUT_S)
 
 
 pytestmark = pytest.mark.usefixtures("needs_kernels")
