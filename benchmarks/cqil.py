@@ -250,8 +250,9 @@ def main() -> None:
         found = PARTS[args.part](folder, args)
     found.update(
         date=datetime.now(UTC).isoformat(timespec="seconds"), commit=machine.commit(), rounds=args.rounds,
-        foreign_load=round(others.fraction, 3),
     )  # fmt: skip
+    if args.part != "ranks":  # the ranks are other processes
+        found["foreign_load"] = round(others.fraction, 3)
     for row in found["rows"]:
         print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{v}" for k, v in row.items() if k != "groups"))
     if args.out:
