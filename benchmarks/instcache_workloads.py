@@ -1,18 +1,25 @@
-"""Workloads of instructions with known probabilities, and a small predictor trained on a log of one.
+"""Workloads of instructions with known probabilities, and predictors fitted to logs of them.
 
-An instruction is an opening, a subject, a manner and an ending, each drawn by Zipf's law. So the probability of every
-instruction is known, and with it the entropy and the best hit rate that any table of N entries has.
+An instruction is of some kind, and each of its parts is drawn by Zipf's law. So the probability of every instruction is
+known, and with it the entropy and the best hit rate that any table of N entries has.
+
+All of them are synthetic. ``LMSYS_LIKE`` has the shape that is told of public chat logs (short greetings that many
+send, requests from templates with a long tail, and long texts that nobody can foresee), in proportions that are
+guessed: nothing that is measured on it is a measurement on LMSys-Chat-1M.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+
+from kvbuffer.instcache.fit import prepare
+from kvbuffer.instcache.training import FitOptions, train_predictor
 
 OPENINGS = ("What is", "How do I use", "Explain", "Show an example of", "Tell me about", "Compare others with")
 SUBJECTS = tuple(
@@ -22,7 +29,58 @@ SUBJECTS = tuple(
 )
 MANNERS = ("", "briefly", "in detail", "with code")
 ENDINGS = ("", "?", " please")
-PARTS = (OPENINGS, SUBJECTS, MANNERS, ENDINGS)
+
+GREETINGS = (
+    "hi", "hello", "hey", "who are you?", "how are you?", "what can you do?", "test", "tell me a joke", "hello!",
+    "hola", "good morning", "write a poem", "what is your name?", "help", "thanks", "tell me a story", "are you there?",
+    "ping", "say something", "what day is it?", "which model are you?", "good evening", "sing a song", "bye",
+)  # fmt: skip
+REQUESTS = (
+    "Write a story about", "Write an article about", "Explain", "Give me a list of facts about", "Write code for",
+    "Summarize what is known about", "Translate into French:", "Write a poem about", "Draft an email about",
+    "Compare and rank", "Invent a name for", "Plan a lesson about",
+)  # fmt: skip
+QUALITIES = (
+    "modern", "old", "cheap", "famous", "small", "digital", "local", "green", "quiet", "fast", "public", "secret",
+    "simple", "urban", "French", "wild", "broken", "royal", "hidden", "early", "open", "heavy", "solar", "blue",
+)  # fmt: skip
+TOPICS = (
+    "cities", "dogs", "computers", "jobs", "music", "chemistry", "cars", "books", "games", "robots", "schools",
+    "movies", "trees", "banks", "rivers", "food", "planets", "phones", "taxes", "history", "poems", "trains",
+    "markets", "birds", "clocks", "islands", "engines", "painters", "bridges", "cells", "castles", "storms", "wines",
+    "lamps", "maps", "farms", "shoes", "drums", "ships", "glaciers",
+)  # fmt: skip
+LENGTHS = (
+    "", "in 100 words", "in detail", "for beginners", "step by step", "for a child", "in 2000 words", "as a table",
+)  # fmt: skip
+CLOSINGS = ("", ".", " please", " thanks")
+
+
+def zipf(count: int, exponent: float) -> np.ndarray:
+    weights = np.arange(1, count + 1) ** -exponent
+    return weights / weights.sum()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Instructions of the same parts, the last of which follows without a space.
+
+    Attributes:
+        share: of all instructions.
+        parts: what each part may be, the likeliest first.
+        exponents: of Zipf's law, for each part; 0 is uniform.
+    """
+
+    share: float
+    parts: tuple[Sequence[str], ...]
+    exponents: tuple[float, ...]
+
+    def shares(self) -> list[np.ndarray]:
+        return [zipf(len(part), exponent) for part, exponent in zip(self.parts, self.exponents, strict=True)]
+
+    def sample(self, count: int, rng: np.random.Generator) -> list[str]:
+        drawn = [rng.choice(part, count, p=p).tolist() for part, p in zip(self.parts, self.shares(), strict=True)]
+        return [" ".join(filter(None, parts)) + ending for *parts, ending in zip(*drawn, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -31,81 +89,68 @@ class Workload:
 
     Attributes:
         name: what it is called in the results.
-        exponent: of Zipf's law, for every part; 0 is uniform.
+        kinds: what it mixes.
     """
 
     name: str
-    exponent: float
-
-    def _shares(self, parts: Sequence[str]) -> np.ndarray:
-        weights = np.arange(1, len(parts) + 1) ** -self.exponent
-        return weights / weights.sum()
+    kinds: tuple[Kind, ...]
 
     def sample(self, count: int, seed: int) -> list[str]:
         rng = np.random.default_rng(seed)
-        drawn = [rng.choice(part, count, p=self._shares(part)).tolist() for part in PARTS]
-        return [" ".join(parts).strip() + ending for *parts, ending in zip(*drawn, strict=True)]
+        counts = rng.multinomial(count, [kind.share for kind in self.kinds])
+        texts = itertools.chain(*(kind.sample(n, rng) for kind, n in zip(self.kinds, counts, strict=True)))
+        return rng.permutation(list(texts)).tolist()
 
     @property
     def entropy(self) -> float:
         """In nats."""
-        shares = [self._shares(part) for part in PARTS]
-        return float(-sum((share * np.log(share)).sum() for share in shares))
+        inner = (kind.share * -sum((p * np.log(p)).sum() for p in kind.shares()) for kind in self.kinds)
+        mix = np.array([kind.share for kind in self.kinds])
+        return float(sum(inner) - (mix * np.log(mix)).sum())
 
     def best_hit_rate(self, entries: int) -> float:
         """What a table of the likeliest ``entries`` instructions would hit."""
-        probabilities = np.ones(1)
-        for part in PARTS:
-            probabilities = np.outer(probabilities, self._shares(part)).ravel()
-        return float(np.sort(probabilities)[::-1][:entries].sum())
+        probabilities = []
+        for kind in self.kinds:
+            if np.prod([float(len(part)) for part in kind.parts]) < 1e7:  # others have none that is likely enough
+                each = np.full(1, kind.share)
+                for share in kind.shares():
+                    each = np.outer(each, share).ravel()
+                probabilities.append(each)
+        return float(np.sort(np.concatenate(probabilities))[::-1][:entries].sum())
 
 
-COLD_START = Workload("cold start", 0.5)
-SKEWED = Workload("skewed", 1.3)
+def _templates(exponent: float) -> tuple[Kind, ...]:
+    return (Kind(1.0, (OPENINGS, SUBJECTS, MANNERS, ENDINGS), (exponent,) * 4),)
 
 
-def train_predictor(log: Sequence[str], folder: Path, steps: int, batch: int = 64) -> float:
-    """Train a small Qwen3.5 on a log of instructions, save it with a tokenizer, return its loss in nats a token."""
-    import transformers
-    from tests.support.checkpoints import CHAT_TEMPLATE
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+COLD_START = Workload("cold start", _templates(0.5))
+SKEWED = Workload("skewed", _templates(1.3))
+LMSYS_LIKE = Workload(
+    "LMSys-like",
+    (
+        Kind(0.12, (GREETINGS, ("",)), (1.0, 0.0)),
+        Kind(0.58, (REQUESTS, QUALITIES, TOPICS, LENGTHS, CLOSINGS), (1.2, 1.0, 1.0, 1.2, 1.2)),
+        Kind(0.30, (("Continue:",), *[QUALITIES + TOPICS] * 8, ("",)), (0.0,) * 10),
+    ),
+)
+WORKLOADS = (COLD_START, SKEWED, LMSYS_LIKE)
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        [*log, "user\n", "assistant\n"],
-        trainers.BpeTrainer(vocab_size=448, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
-    )
-    config = transformers.Qwen3_5TextConfig(
-        vocab_size=448, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, linear_conv_kernel_dim=4, linear_key_head_dim=32, linear_value_head_dim=32,
-        linear_num_key_heads=2, linear_num_value_heads=4, max_position_embeddings=256, eos_token_id=2, pad_token_id=0,
-        layer_types=["linear_attention", "full_attention"], tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.Qwen3_5ForCausalLM(config)
-    encoded = [tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>") for text in log]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
-    rng, loss = np.random.default_rng(0), torch.tensor(math.nan)
-    for _ in range(steps):
-        rows = [encoded[i] for i in rng.integers(len(encoded), size=batch)]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        labels = ids.masked_fill(ids == 0, -100)
-        labels[:, :3] = -100  # the template's own tokens
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return float(loss.detach())
+#: A decoder of one linear and one full attention layer, as small as these workloads allow.
+PREDICTOR = {
+    "architectures": ["Qwen3_5ForCausalLM"], "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"], "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def fitted(workload: Workload, folder: Path, log_size: int) -> Path:
+    """Fit a predictor to a log of a workload, as ``kvbuffer instcache fit`` does; go on with what ``folder`` has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log, config = folder / "log.jsonl", folder / "predictor.json"
+    lines = (json.dumps({"instruction": text}) for text in workload.sample(log_size, 0))
+    log.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config.write_text(json.dumps(PREDICTOR))
+    prepare(log, folder, held_out=0.02)
+    return train_predictor(folder, FitOptions(str(config), vocab_size=512, epochs=1.0))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import Table, parquet
 
 from kvbuffer.errors import ConfigError
 from kvbuffer.instcache.fit import prepare
@@ -55,8 +57,26 @@ def test_formats(tmp_path: Path, name: str) -> None:
     record, expected = RECORDS[name]
     (tmp_path / "log.jsonl").write_text(json.dumps(record) + "\n\n", encoding="utf-8")
     (tmp_path / "log.json").write_text(json.dumps([record]), encoding="utf-8")
-    for file in ("log.jsonl", "log.json"):
+    parquet.write_table(Table.from_pylist([record]), tmp_path / "log.parquet")
+    for file in ("log.jsonl", "log.json", "log.parquet"):
         assert list(read_log(tmp_path / file)) == ([] if expected is None else [Logged(*expected)])
+
+
+def test_parquet_of_many_row_groups(tmp_path: Path) -> None:
+    """Fields that a record lacks are there, and null; conversations differ in length."""
+    records = [record for record, _ in RECORDS.values()] * 50
+    table = Table.from_pylist([{"conversation": record.get("conversation"), "user": "u"} for record in records])
+    parquet.write_table(table, tmp_path / "log.parquet", row_group_size=7)
+    assert [one.instruction for one in read_log(tmp_path / "log.parquet")] == ["hi", "a"] * 50
+
+
+def test_parquet_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "log.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(ConfigError, match=r"cannot read .*log\.parquet as a log"):
+        list(read_log(tmp_path / "log.parquet"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"needs pyarrow: pip install 'kvbuffer\[parquet\]'"):
+        list(read_log(tmp_path / "log.parquet"))
 
 
 @pytest.mark.parametrize("text", ["not json\n", "[1, 2]\n", '"text"\n', "\x00\xff"])

@@ -10,7 +10,7 @@ import typer
 from kvbuffer.cli_options import CqilFile, Dtype, DtypeOption, MaxNumSeqs, Memory, Model, Threads, parse_size
 from kvbuffer.engine import defaults
 from kvbuffer.errors import ConfigError
-from kvbuffer.instcache.defaults import MAX_ANSWER_TOKENS, MAX_TOKENS, MEMORY
+from kvbuffer.instcache.defaults import BATCH_SIZE, EPOCHS, MAX_ANSWER_TOKENS, MAX_TOKENS, MEMORY, VOCAB_SIZE
 
 # What an LMDB file has behind the head of its first page.
 _LMDB_MAGIC = b"\xde\xc0\xef\xbe"
@@ -218,16 +218,40 @@ def fit(
     log: Annotated[
         Path, typer.Argument(exists=True, dir_okay=False, help="Log of conversations: JSON lines, JSON, Parquet.")
     ],
-    out: Annotated[Path, typer.Argument(file_okay=False, help="Folder for train.jsonl and held-out.jsonl.")],
-    held_out: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of the log, its end, for plan.")] = 0.05,
+    out: Annotated[Path, typer.Argument(file_okay=False, help="Folder for what was asked, and for the predictor.")],
+    held_out: Annotated[float, typer.Option(min=0.001, max=0.5, help="Share of the log, its end, for plan.")] = 0.05,
     min_users: Annotated[
-        int, typer.Option(min=1, help="Keep only instructions that so many different users asked.")
+        int, typer.Option(min=1, help="Train only on instructions that so many different users asked.")
     ] = 1,
-    unique: Annotated[bool, typer.Option(help="Keep each instruction once, whatever its frequency.")] = False,
+    unique: Annotated[bool, typer.Option(help="Train on each instruction once, whatever its frequency.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint to fine-tune (a folder, hub id, or 'demo'), or config.json of what to train from scratch; "
+            "default: a small model from scratch."
+        ),
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(min=260, help="Of the tokenizer of a model from scratch.")] = VOCAB_SIZE,
+    max_tokens: MaxTokens = MAX_TOKENS,
+    epochs: Annotated[float, typer.Option(min=0.0, help="How often each instruction is seen.")] = EPOCHS,
+    batch_size: Annotated[int, typer.Option(min=1, help="Instructions per training step.")] = BATCH_SIZE,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: 0.003, to fine-tune 0.0003.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,
+    threads: Threads = None,
 ) -> None:
-    """Make the training data of a predictor from a log: what users ask first, and nothing else of it."""
-    from kvbuffer.instcache.fit import prepare
+    """Train a predictor on a log: on what users ask first, and on nothing else of it; go on where it was stopped."""
+    import torch
+    from transformers.utils import logging
 
+    from kvbuffer.instcache.fit import prepare
+    from kvbuffer.instcache.training import FitOptions, train_predictor
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
     counts = prepare(log, out, held_out, min_users, unique)
     print(f"{out}: {counts.train:,} instructions to train on, {counts.held_out:,} held out, of {counts.asked:,} asked")
-    print(f"kvbuffer train run --help says how to train on {out / 'train.jsonl'}")
+    options = FitOptions(model, vocab_size, max_tokens, epochs, batch_size, lr, seed)
+    predictor = train_predictor(out, options)
+    print(f"kvbuffer instcache plan {predictor} --held-out {out / 'held-out.jsonl'}")

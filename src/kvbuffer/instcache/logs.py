@@ -104,7 +104,9 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ConfigError(f"reading {path} needs pyarrow (pip install pyarrow); or convert it to JSON lines") from None
+        raise ConfigError(
+            f"{path} needs pyarrow: pip install 'kvbuffer[parquet]', or convert it to JSON lines"
+        ) from None
     for batch in parquet.ParquetFile(path).iter_batches():
         yield from batch.to_pylist()
 

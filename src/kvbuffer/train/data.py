@@ -66,6 +66,7 @@ class DataInfo:
         learned_tokens: those of them that are predicted.
         held_out_tokens: predicted tokens of the held-out documents.
         held_out_bytes: UTF-8 bytes of what these say.
+        packed: whether documents stand end to end in the sequences; otherwise each is one of its own.
     """
 
     vocab_size: int
@@ -75,6 +76,7 @@ class DataInfo:
     learned_tokens: int
     held_out_tokens: int
     held_out_bytes: int
+    packed: bool = True
 
 
 def documents(folder: Path, patterns: tuple[str, ...] = PATTERNS, template: Any = None) -> Iterator[Document]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvbuffer.train.checkpoints import read_config
 from kvbuffer.train.config import TrainConfig
 from kvbuffer.train.data import Batches, held_out_batches, read_info
+from kvbuffer.train.examples import ExampleBatches, held_out_examples
 from kvbuffer.train.flops import step_flops
 from kvbuffer.train.model import build, complete_config, load, loss_of, parameters_of, set_parameters
 from kvbuffer.train.operators import LevelMap, Parameters, interpolate
@@ -82,8 +83,14 @@ class Run:
         self._options, self._plan, self._folder, self._workers = options, plan, folder, processes
         info = read_info(options.data)
         self._bits_per_byte = info.held_out_tokens / (info.held_out_bytes * math.log(2))
-        self._batches = Batches(options.data, options.seq_len, options.batch_size, options.seed)
-        self._held_out = held_out_batches(options.data, options.seq_len, options.batch_size, options.eval_sequences)
+        shape = options.seq_len, options.batch_size
+        self._batches: Batches | ExampleBatches
+        if info.packed:
+            self._batches = Batches(options.data, *shape, options.seed)
+            self._held_out = held_out_batches(options.data, *shape, options.eval_sequences)
+        else:
+            self._batches = ExampleBatches(options.data, *shape, options.seed)
+            self._held_out = held_out_examples(options.data, *shape, options.eval_sequences)
         total = sum(stage.steps for stage in plan)
         self._progress = Progress(total, options, show_progress and processes.is_first)
         self._position = Position()
