@@ -17,9 +17,9 @@ from kvbuffer.instcache.predictor import Predictor
 
 #: Workload -> (conversations in the log that its predictor is fitted to, the five bounds).
 SETTINGS: dict[Workload, tuple[int, tuple[float, ...]]] = {
-    COLD_START: (40_000, (6.0, 6.5, 7.0, 7.5, 8.0)),
-    SKEWED: (40_000, (4.0, 5.0, 6.0, 7.0, 8.0)),
-    LMSYS_LIKE: (100_000, (8.0, 10.0, 11.0, 12.0, 13.0)),
+    COLD_START: (16_000, (6.0, 6.5, 7.0, 7.5, 8.0)),
+    SKEWED: (16_000, (4.0, 5.0, 6.0, 7.0, 8.0)),
+    LMSYS_LIKE: (24_000, (8.0, 10.0, 11.0, 12.0, 13.0)),
 }
 ARRIVALS = (500, 2_000, 10_000, 50_000)
 PLANNED, FRESH = 10_000, 20_000  # instructions that the plan is made with, and that the hit rate is measured on

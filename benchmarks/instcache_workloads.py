@@ -1,5 +1,7 @@
 """Workloads of instructions with known probabilities, and predictors fitted to logs of them.
 
+    python benchmarks/instcache_workloads.py --workload skewed --count 5000 log.jsonl
+
 An instruction is of some kind, and each of its parts is drawn by Zipf's law. So the probability of every instruction is
 known, and with it the entropy and the best hit rate that any table of N entries has.
 
@@ -10,6 +12,7 @@ guessed: nothing that is measured on it is a measurement on LMSys-Chat-1M.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from collections.abc import Sequence
@@ -149,8 +152,30 @@ def fitted(workload: Workload, folder: Path, log_size: int) -> Path:
     """Fit a predictor to a log of a workload, as ``kvbuffer instcache fit`` does; go on with what ``folder`` has."""
     folder.mkdir(parents=True, exist_ok=True)
     log, config = folder / "log.jsonl", folder / "predictor.json"
-    lines = (json.dumps({"instruction": text}) for text in workload.sample(log_size, 0))
-    log.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_log(workload, log_size, 0, log)
     config.write_text(json.dumps(PREDICTOR))
     prepare(log, folder, held_out=0.02)
     return train_predictor(folder, FitOptions(str(config), vocab_size=512, epochs=1.0))
+
+
+def write_log(workload: Workload, count: int, seed: int, path: Path) -> None:
+    """Write a log in the shape of LMSys-Chat-1M's records."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, text in enumerate(workload.sample(count, seed)):
+            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "..."}]
+            file.write(json.dumps({"conversation_id": f"c{number}", "conversation": messages}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a log of a synthetic workload.")
+    parser.add_argument("--workload", choices=[workload.name for workload in WORKLOADS], default=SKEWED.name)
+    parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    [workload] = [workload for workload in WORKLOADS if workload.name == options.workload]
+    write_log(workload, options.count, options.seed, options.out)
+
+
+if __name__ == "__main__":
+    main()
