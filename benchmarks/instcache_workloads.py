@@ -148,14 +148,16 @@ PREDICTOR = {
 }  # fmt: skip
 
 
-def fitted(workload: Workload, folder: Path, log_size: int) -> Path:
+def fitted(workload: Workload, folder: Path, log_size: int, options: FitOptions | None = None) -> Path:
     """Fit a predictor to a log of a workload, as ``kvbuffer instcache fit`` does; go on with what ``folder`` has."""
     folder.mkdir(parents=True, exist_ok=True)
-    log, config = folder / "log.jsonl", folder / "predictor.json"
-    write_log(workload, log_size, 0, log)
-    config.write_text(json.dumps(PREDICTOR))
-    prepare(log, folder, held_out=0.02)
-    return train_predictor(folder, FitOptions(str(config), vocab_size=512, epochs=1.0))
+    write_log(workload, log_size, 0, folder / "log.jsonl")
+    prepare(folder / "log.jsonl", folder)
+    if options is None:
+        config = folder / "predictor.json"
+        config.write_text(json.dumps(PREDICTOR))
+        options = FitOptions(str(config), vocab_size=512, epochs=1.0)
+    return train_predictor(folder, options)
 
 
 def write_log(workload: Workload, count: int, seed: int, path: Path) -> None:
