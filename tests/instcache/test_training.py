@@ -131,11 +131,12 @@ def test_a_checkpoint_is_fine_tuned_with_its_own_tokenizer(tmp_path: Path, log: 
     assert load_file(folder / "model.safetensors")["model.embed_tokens.weight"].shape[0] == 520
 
 
-def test_long_instructions_are_left_out(tmp_path: Path, tiny: Path) -> None:
+def test_long_instructions_are_left_out(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "FEWEST_STEPS", 1)
     lines = [json.dumps({"instruction": text}) + "\n" for text in ("ab", "a b c d e f g h i j", "cd", "ab")]
     (tmp_path / "log.jsonl").write_text("".join(lines))
     prepare(tmp_path / "log.jsonl", tmp_path, held_out=0.25)
-    options = FitOptions(str(tiny), vocab_size=300, max_tokens=4, batch_size=2)
+    options = FitOptions(str(tiny), vocab_size=300, max_tokens=4, epochs=1.0, batch_size=2)
     train_predictor(tmp_path, options, show_progress=False)
     [data] = tmp_path.glob("data-*")
     assert len(np.load(data / "train.npy")) == 2
