@@ -1,8 +1,8 @@
 """Whether the search finds all that it should, and nothing else, with the demo model as the predictor.
 
 The demo model has learned answers alone, so it is first fitted to a log, as a predictor has to be anyway. What was
-found is scored again by transformers in float32. What is looked for is sampled by the engine, which knows nothing of the
-search.
+found is scored again by transformers in float32. What is looked for is sampled by the engine, which knows nothing of
+the search.
 """
 
 from __future__ import annotations
