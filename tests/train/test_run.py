@@ -9,7 +9,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -168,6 +169,36 @@ def test_it_begins_with_a_checkpoint_and_grows_it(data: Path, tmp_path: Path, ch
             curve(out)[i]["held_out"] for out, i in ((first.out, 3), (first.out, -1), (options.out, -1))
         )
         assert after == pytest.approx(before, abs=0.3 * (untrained - before) if changes else 1e-4)
+
+
+class Writer:
+    """What TensorBoard's writer would have been given."""
+
+    scalars: ClassVar[list[tuple[str, float, int]]] = []
+
+    def __init__(self, folder: str) -> None:
+        assert folder.endswith("tensorboard")
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.append((name, value, step))
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def test_tensorboard_gets_what_the_log_has(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = tiny_options(data, tmp_path / "run", method="scratch", steps=4, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"pip install 'kvbuffer\[tensorboard\]'"):
+        run(options)
+    stub = ModuleType("torch.utils.tensorboard")
+    stub.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    run(options)
+    for name in ("loss", "held_out", "lr"):
+        logged = [(name, record[name], record["total"]) for record in curve(options.out) if name in record]
+        assert [scalar for scalar in Writer.scalars if scalar[0] == name] == logged
+        assert logged
 
 
 def test_what_stands_in_the_way_is_named(data: Path, tmp_path: Path) -> None:
