@@ -149,7 +149,9 @@ PREDICTOR = {
 
 
 def fitted(workload: Workload, folder: Path, log_size: int, options: FitOptions | None = None) -> Path:
-    """Fit a predictor to a log of a workload, as ``kvbuffer instcache fit`` does; go on with what ``folder`` has."""
+    """Fit a predictor to a log of a workload, as ``kvbuffer instcache fit`` does, unless ``folder`` holds one."""
+    if (model := folder / "run" / "model").exists():
+        return model
     folder.mkdir(parents=True, exist_ok=True)
     write_log(workload, log_size, 0, folder / "log.jsonl")
     prepare(folder / "log.jsonl", folder)
