@@ -150,19 +150,14 @@ def recover(
     threads: Threads = None,
 ) -> None:
     """Train MODEL on DATA to make good what a plan costs in quality; OUT gets the new checkpoint and its plan."""
-    import torch
-    from transformers.utils import logging
-
     from kvbuffer.cqil.plan import CqilPlan
     from kvbuffer.cqil.recover import PLAN_FILE
     from kvbuffer.cqil.recover import recover as train
     from kvbuffer.models.weights import resolve_model
+    from kvbuffer.train.command import set_up
     from kvbuffer.train.config import TrainConfig
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_up(threads)
     options = TrainConfig(
         data=data, out=out, model=resolve_model(model), steps=steps, batch_size=batch_size, seq_len=seq_len,
         optimizer="adamw", lr=lr, weight_decay=0.0, warmup=warmup, decay=decay, precision=precision, seed=seed,

@@ -240,16 +240,11 @@ def fit(
     threads: Threads = None,
 ) -> None:
     """Train a predictor on a log: on what users ask first, and on nothing else of it; go on where it was stopped."""
-    import torch
-    from transformers.utils import logging
-
     from kvbuffer.instcache.fit import prepare
     from kvbuffer.instcache.training import FitOptions, train_predictor
+    from kvbuffer.train.command import set_up
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_up(threads)
     counts = prepare(log, out, held_out, min_users, unique)
     print(f"{out}: {counts.train:,} instructions to train on, {counts.held_out:,} held out, of {counts.asked:,} asked")
     options = FitOptions(model, vocab_size, max_tokens, epochs, batch_size, lr, seed)

@@ -160,34 +160,30 @@ def mtp(
     threads: Threads = None,
 ) -> None:
     """Give a checkpoint a multi-token-prediction head, with which it drafts its own next tokens."""
-    import torch
-
     from kvbuffer.train.mtp import MtpOptions, train_mtp
 
-    _quieten()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_up(threads)
     options = MtpOptions(steps, batch_size, seq_len, lr, drafts, seed)
     shares = ", ".join(f"{share:.1%}" for share in train_mtp(source, data, out, options))
     print(f"of greedy choices on held-out text, the first 1 to {drafts} drafts are right in {shares}; in {out}")
 
 
-def _quieten() -> None:
+def set_up(threads: int | None) -> None:
+    """Train with so many threads (None: PyTorch's choice), and without what transformers says while it loads."""
+    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _run(runs: list[dict[str, Any]], threads: int | None) -> None:
-    import torch
-
     from kvbuffer.train.config import TrainConfig
     from kvbuffer.train.run import run as go
 
-    _quieten()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_up(threads)
     try:
         configs = [TrainConfig(**{**options, "model": Path(options["model"])}) for options in runs]
     except KeyError:
