@@ -138,7 +138,8 @@ def quality(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
     for recovered in args.recovered:
         plan = CqilPlan.load(recovered / PLAN_FILE)
-        variant = {"name": f"{recovered.name}, recovered", "groups": plan.groups, "bypass": plan.bypass}
+        name = f"groups of {max(map(len, plan.groups))}, bypass {plan.bypass}, recovered"
+        variant = {"name": name, "groups": plan.groups, "bypass": plan.bypass}
         of = load(recovered, variant, args.window)
         rows.append({**variant, **own.compare(hidden(of, plan.groups))._asdict()})
     return {"tokens": windows.numel(), "window": args.window, "text": str(args.text or f"NumPy {np.__version__}"),
