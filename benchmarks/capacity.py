@@ -20,7 +20,7 @@ import argparse
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,7 @@ from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import Request
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.scheduler import Scheduler
+from kvbuffer.engine.speculative.drafter import Draft, Drafter
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.weights import resolve_model
 from kvbuffer.ops.attention import PAGE_SIZE
@@ -96,7 +97,9 @@ CASES = (
 )
 
 
-def make_plan(shape: CacheShape, budget: int, tier: tuple[str, str], max_num_seqs: int) -> MemoryPlan:
+def make_plan(
+    shape: CacheShape, budget: int, tier: tuple[str, str], max_num_seqs: int, num_draft_tokens: int = 0
+) -> MemoryPlan:
     """A plan beside bfloat16 weights, KV only for as long as records are smaller than a state."""
     state, record = STATE_DTYPES[tier[0]], DTYPES[tier[1]]
     linear = shape.linear
@@ -106,7 +109,7 @@ def make_plan(shape: CacheShape, budget: int, tier: tuple[str, str], max_num_seq
     return plan_memory(
         shape, budget=budget, max_model_len=min(LONGEST, shape.max_position_embeddings), max_num_seqs=max_num_seqs,
         buffer_len=BUFFER_LEN, kv_only_len=min(128, state_bytes // record_bytes), dtype=torch.bfloat16,
-        state_dtype=state, record_dtype=record,
+        state_dtype=state, record_dtype=record, num_draft_tokens=num_draft_tokens,
     )  # fmt: skip
 
 
@@ -149,24 +152,36 @@ class Clients:
 
 
 def serves(plan: MemoryPlan, case: Case, count: int) -> int | None:
-    """Return the most requests that ran at once if ``count`` clients never have to wait for memory; None if they do."""
+    """Return the most requests that ran at once if ``count`` clients never have to wait for memory; None if they do.
+
+    Where the plan has room for drafts, every request that decodes has one, of which any number of tokens is accepted.
+    """
     memory = RequestMemory(dataclasses.replace(plan, max_num_seqs=count))
     # A fixed policy does not depend on the shape.
     forms = fixed_forms(LinearShape(1, 1, 128, 128, 4), BUFFER_LEN, plan.kv_only_len)
     scheduler = Scheduler(memory, forms, max_num_batched_tokens=1 << 30)
-    clients, most = Clients(case, count), 0
+    clients, most, rng = Clients(case, count), 0, random.Random(1)
     for step in range(clients.steps):
         for request in clients.arrivals(step):
             scheduler.add(request)
-        batch = scheduler.schedule()
+        rooms = {r: min(plan.num_draft_tokens, r.max_len - len(r.token_ids) - 1) for r in scheduler.decoding}
+        drafts = {request: Draft([0] * room) for request, room in rooms.items() if room > 0}
+        batch = scheduler.schedule(drafts)
         most = max(most, len(scheduler.running))
-        if scheduler.waiting or scheduler.num_preemptions:
+        if (
+            scheduler.waiting
+            or scheduler.num_preemptions
+            or any(s.draft != drafts.get(s.request, s.draft) for s in batch)
+        ):
             return None
         for segment in [batch[place] for place in scheduler.commit(batch)]:
             request = segment.request
             if request.num_computed_tokens == request.num_prefill_tokens:
                 scheduler.publish(request, "prompt")
-            request.token_ids.append(-int(request.request_id))
+            accepted = range(rng.randint(0, len(segment.draft.token_ids)))
+            request.token_ids += [-int(request.request_id)] * (1 + len(accepted))
+            if segment.draft.token_ids:
+                scheduler.accept(request, accepted)
             if len(request.token_ids) >= request.max_len:
                 scheduler.finish(request)
     memory.check_integrity()
@@ -194,9 +209,12 @@ def most_clients(case: Case, plan: MemoryPlan, guess: int) -> int:
     return best
 
 
-def baseline_bytes(shape: CacheShape, case: Case) -> float:
-    """Mean bytes of a request with a float32 state of its own, at its end; copies share whole pages of the prompt."""
-    return baseline_linear_bytes(shape) + _attention_bytes(shape, case)
+def baseline_bytes(shape: CacheShape, case: Case, num_draft_tokens: int = 0) -> float:
+    """Mean bytes of a request with a float32 state of its own, at its end; copies share whole pages of the prompt.
+
+    For each draft token there is one more state.
+    """
+    return (1 + num_draft_tokens) * baseline_linear_bytes(shape) + _attention_bytes(shape, case)
 
 
 def baseline_linear_bytes(shape: CacheShape) -> int:
@@ -239,10 +257,11 @@ def our_bytes(shape: CacheShape, plan: MemoryPlan, case: Case) -> dict[str, floa
     }
 
 
-def measure(shape: CacheShape, budget: int, case: Case, tier: tuple[str, str]) -> dict:
+def measure(shape: CacheShape, budget: int, case: Case, tier: tuple[str, str], num_draft_tokens: int = 0) -> dict:
     """One row of the table."""
-    baseline = int(budget / baseline_bytes(shape, case))
-    plan = make_plan(shape, budget, tier, 64 * baseline)
+    per_request = baseline_bytes(shape, case, num_draft_tokens)
+    baseline = int(budget / per_request)
+    plan = make_plan(shape, budget, tier, 64 * baseline, num_draft_tokens)
     parts = our_bytes(shape, plan, case)
     count = most_clients(case, plan, int(budget / sum(parts.values())))
     return {
@@ -252,26 +271,40 @@ def measure(shape: CacheShape, budget: int, case: Case, tier: tuple[str, str]) -
         "baseline": baseline,
         "served": count,
         "ratio": round(count / baseline, 2),
-        "on_paper": round(baseline_bytes(shape, case) / sum(parts.values()), 2),
-        "linear_layers": round(baseline_linear_bytes(shape) / (sum(parts.values()) - parts["attention"]), 2),
+        "on_paper": round(per_request / sum(parts.values()), 2),
+        "linear_layers": round(
+            (1 + num_draft_tokens) * baseline_linear_bytes(shape) / (sum(parts.values()) - parts["attention"]), 2
+        ),
         "mib_per_request": {name: round(value / 2**20, 2) for name, value in parts.items()},
-        "baseline_mib_per_request": round(baseline_bytes(shape, case) / 2**20, 2),
+        "baseline_mib_per_request": round(per_request / 2**20, 2),
     }
 
 
-def run_engine(case: Case, tier: tuple[str, str], budget: int) -> dict:
+class Guesses(Drafter):
+    """Proposes as much as may be; what, does not matter."""
+
+    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Draft]:
+        """Guess."""
+        return [Draft(list(range(limit))) for limit in limits]
+
+
+def run_engine(case: Case, tier: tuple[str, str], budget: int, num_draft_tokens: int = 0) -> dict:
     """The same with the engine itself, for the clients found in simulation."""
     folder = resolve_model("demo")
     model = ModelConfig.from_folder(folder)
     shape = model.cache_shape
-    baseline = int(budget / baseline_bytes(shape, case))
-    plan = make_plan(shape, budget, tier, 64 * baseline)
+    baseline = int(budget / baseline_bytes(shape, case, num_draft_tokens))
+    plan = make_plan(shape, budget, tier, 64 * baseline, num_draft_tokens)
     count = most_clients(case, plan, int(budget / sum(our_bytes(shape, plan, case).values())))
+    speculative = {"method": "ngram", "num_speculative_tokens": num_draft_tokens, "adaptive": False}
     config = EngineConfig(
-        str(folder), dtype="bfloat16", max_num_seqs=count, max_num_batched_tokens=1 << 16, show_progress=False
-    )
+        str(folder), dtype="bfloat16", max_num_seqs=count, max_num_batched_tokens=1 << 16, show_progress=False,
+        speculative_config=speculative if num_draft_tokens else None,
+    )  # fmt: skip
     forms = fixed_forms(shape.linear, BUFFER_LEN, plan.kv_only_len)
     engine = Engine(config, folder, model, dataclasses.replace(plan, max_num_seqs=count), forms, Tokenizer(folder))
+    if engine._speculator is not None:
+        engine._speculator.drafter = Guesses()
     clients, most, finished = Clients(case, count), 0, 0
     requests: dict[str, Request] = {}
     for step in range(clients.steps):
@@ -296,6 +329,7 @@ def run_engine(case: Case, tier: tuple[str, str], budget: int) -> dict:
         "case": case.name, "states": tier[0], "records": tier[1], "baseline": baseline, "simulated": count,
         "ran_at_once": most, "ratio": round(most / baseline, 2), "preemptions": stats.num_preemptions,
         "steps_with_requests_waiting": sum(stats.delays.values()), "finished": finished,
+        "drafted": 0 if stats.speculative is None else stats.speculative.num_draft_tokens,
         "resident_mib": round(stats.resident_bytes / 2**20, 1),
     }  # fmt: skip
 

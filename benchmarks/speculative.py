@@ -1,4 +1,4 @@
-"""What speculative decoding brings: throughput with and without it.
+"""What speculative decoding brings: throughput with and without it, requests that fit, time of verification.
 
     python benchmarks/speculative.py --out benchmarks/results/speculative.json     # on a quiet machine
 
@@ -6,7 +6,12 @@ The engine is compared with itself, in one process, rounds with and without draf
 benchmark checkpoint. Its weights are random, so what it says is laid down: every token is sampled as usual, and then
 replaced by the next one of a given text. The drafters see real texts that way, and do or do not find what is repeated
 in them: code with a name replaced, summaries that quote, prose. An oracle, whose guesses are right with a given
-probability each, stands for drafters of any quality. Timed is decoding alone, from when all prompts have been computed.
+probability each, stands for drafters of any quality. Timed is decoding alone, from when all prompts have been computed
+until the first request ends, so that all steps have the same number of requests.
+
+Capacity is that of capacity.py with four drafts in every step, against five float32 states and convolution states per
+request. Verification of eight drafts, folds included, is timed against nine steps of the recurrence, which is what a
+system that stores a state for each draft has to do at least.
 """
 
 from __future__ import annotations
@@ -22,15 +27,24 @@ from pathlib import Path
 from random import Random
 from unittest import mock
 
+import torch
+
+import capacity
+import speculative_peers
 from checkpoints import checkpoint
 from kvbuffer import SamplingParams
 from kvbuffer.bench import machine
+from kvbuffer.bench.forms import recurrent, verify
+from kvbuffer.bench.measure import measure
 from kvbuffer.engine import output
 from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import Request
 from kvbuffer.engine.speculative.drafter import Draft, Drafter
 from kvbuffer.engine.speculative.speculator import SpeculativeStats
+from kvbuffer.ops.cost import LayerShape
+from kvbuffer.ops.rule import GATED_DELTANET
+from kvbuffer.tokenizer import Tokenizer
 from speculative_texts import TEXTS, Script, scripts
 
 PROMPT_LEN, OUTPUT_LEN, NUM_DRAFTS = 192, 96, 8
@@ -38,6 +52,9 @@ PROMPT_LEN, OUTPUT_LEN, NUM_DRAFTS = 192, 96, 8
 LEAST_TEXTS = 4
 ACCEPTANCE = (0.5, 0.7, 0.9)
 CASES = [*(f"{text}, ngram" for text in TEXTS), *(f"prose, oracle {acceptance}" for acceptance in ACCEPTANCE)]
+PARTS = ("throughput", "operator", "peers", "capacity")
+CAPACITY_DRAFTS = 4
+CAPACITY_CASES = (capacity.Case("1 to 128 tokens", 1, 128), capacity.Case("512 tokens", 512, 512, 1 / 8))
 #: What tells the rows of a table apart.
 ROW_KEY = ("text", "drafter", "batch")
 
@@ -69,8 +86,8 @@ def _scripted(logits, state, vocab_size):
     return dataclasses.replace(sampled, token_id=SCRIPTS[id(state)][state.num_output_tokens])
 
 
-def run(engine: Engine, texts: Sequence[Script]) -> float:
-    """Let the texts be said; return tokens per second once all prompts have been computed."""
+def run(engine: Engine, texts: Sequence[Script]) -> tuple[int, float]:
+    """Let the texts be said until one ends; return tokens and seconds from when all prompts have been computed."""
     SCRIPTS.clear()
     for number, (prompt, said) in enumerate(texts):
         params = SamplingParams(temperature=0.0, max_tokens=len(said), ignore_eos=True)
@@ -79,15 +96,21 @@ def run(engine: Engine, texts: Sequence[Script]) -> float:
     while engine.stats.num_waiting or any(request.is_prefilling for request in engine._scheduler.running):
         engine.step()
     began, tokens = time.perf_counter(), 0
-    while engine.has_work():
-        tokens += sum(len(delta.token_ids) for delta in engine.step())
-    return tokens / (time.perf_counter() - began)
+    ended = False
+    while not ended:
+        deltas = engine.step()
+        tokens += sum(len(delta.token_ids) for delta in deltas)
+        ended = any(delta.finish_reason is not None for delta in deltas)
+    seconds = time.perf_counter() - began
+    for number in range(len(texts)):
+        engine.abort_request(str(number))
+    return tokens, seconds
 
 
 def run_in_turn(engine: Engine, texts: Sequence[Script], batch: int) -> float:
     """Run the texts, ``batch`` at a time; return tokens per second."""
-    seconds = [batch * OUTPUT_LEN / run(engine, texts[i : i + batch]) for i in range(0, len(texts), batch)]
-    return len(texts) * OUTPUT_LEN / sum(seconds)
+    runs = [run(engine, texts[i : i + batch]) for i in range(0, len(texts), batch)]
+    return sum(tokens for tokens, _ in runs) / sum(seconds for _, seconds in runs)
 
 
 def throughput(batches: Sequence[int], chosen: Sequence[str], rounds: int) -> Iterator[dict]:
@@ -122,12 +145,40 @@ def throughput(batches: Sequence[int], chosen: Sequence[str], rounds: int) -> It
                     "speculative": round(statistics.median(speed for _, speed in speeds), 1),
                     "ratio": round(statistics.median(fast / slow for slow, fast in speeds), 3),
                     "ratios": [round(fast / slow, 3) for slow, fast in speeds],
-                    "drafted_per_token": round(stats.num_draft_tokens / (rounds * len(texts) * OUTPUT_LEN), 3),
+                    "drafted": stats.num_draft_tokens,
                     "accepted_share": round(stats.num_accepted_tokens / max(1, stats.num_draft_tokens), 3),
                     "mean_accepted_length": round(stats.mean_accepted_length, 2),
                     "draft_seconds": round(stats.draft_seconds, 4),
                     "seconds": round(seconds, 2),
             }  # fmt: skip
+
+
+def capacity_rows() -> Iterator[dict]:
+    """Yield the rows of the table of requests that fit: Qwen3-Next's shapes simulated, the demo model for real."""
+    for case in CAPACITY_CASES:
+        for tier in capacity.TIERS:
+            shape = capacity.SHAPES["Qwen3-Next-80B-A3B"]
+            yield {"model": "Qwen3-Next-80B-A3B"} | capacity.measure(shape, 8 << 30, case, tier, CAPACITY_DRAFTS)
+    for tier in (capacity.TIERS[0], capacity.TIERS[2]):
+        yield {"model": "demo"} | capacity.run_engine(CAPACITY_CASES[-1], tier, 32 << 20, CAPACITY_DRAFTS)
+
+
+def operator_rows(rounds: int) -> list[dict]:
+    """Return the rows of the table of verification times; heads as in Qwen3-Next."""
+    shape = LayerShape(GATED_DELTANET, 16, 32, 128, 128)
+    tiers = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.int8, torch.bfloat16)]
+    rows, _ = measure(shape, tiers, [recurrent(), verify(NUM_DRAFTS, 16)], 32, 540_000_000, rounds)
+    steps = {row.state_dtype: row.seconds for row in rows if row.form == recurrent().name}
+    return [
+        {
+            "states": row.state_dtype, "records": row.record_dtype, "batch": row.batch, "drafts": NUM_DRAFTS,
+            "error": row.error, "ms": round(1e3 * row.seconds, 2),
+            "stored_states_ms": round(1e3 * row.tokens * steps[row.state_dtype], 2),
+            "ratio": round(row.tokens * steps[row.state_dtype] / row.seconds, 2),
+            "ratio_to_float32": round(row.tokens * steps["float32"] / row.seconds, 2),
+        }
+        for row in rows if row.form == verify(NUM_DRAFTS, 16).name
+    ]  # fmt: skip
 
 
 def markdown(result: dict) -> str:
@@ -143,17 +194,36 @@ def markdown(result: dict) -> str:
                 f"| {row['text']} | {row['drafter']} | {row['batch']} | {row['plain']} | {row['speculative']} "
                 f"| {row['ratio']:.2f} | {row['accepted_share']:.0%} | {row['mean_accepted_length']} |"
             )
+    if rows := result.get("capacity"):
+        lines += ["", "| model | requests of | states / records | a state per draft | ours | ratio |"]
+        lines += ["|---|---|---|---:|---:|---:|"]
+        for row in rows:
+            lines.append(
+                f"| {row['model']} | {row['case']} | {row['states']} / {row['records']} | {row['baseline']} "
+                f"| {row.get('served', row.get('ran_at_once'))} | {row['ratio']:.2f} |"
+            )
+    if rows := result.get("operator"):
+        lines += ["", "| states / records | 9 steps, ms | verifying 8 drafts, ms | ratio | to float32's steps |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for row in rows:
+            lines.append(
+                f"| {row['states']} / {row['records']} | {row['stored_states_ms']} | {row['ms']} | {row['ratio']:.2f} "
+                f"| {row['ratio_to_float32']:.2f} |"
+            )
+    if rows := result.get("peers"):
+        lines += ["", "| server | choices | tokens/s | over without speculation |", "|---|---:|---:|---:|"]
+        for row in rows:
+            lines.append(f"| {row['server']} | {row['choices']} | {row['tokens_per_second']} | {row['ratio']:.2f} |")
     return "\n".join(lines)
 
 
-def save(result: dict, rows: list[dict], args: argparse.Namespace) -> None:
-    """Put the rows into the results, and write them if there is a file."""
+def save(result: dict, args: argparse.Namespace) -> None:
+    """Write the results if there is a file."""
     result |= {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": machine.commit(),
         "settings": {"rounds": args.rounds, "prompt_len": PROMPT_LEN, "output_len": OUTPUT_LEN, "drafts": NUM_DRAFTS},
         "machine": {k: v for k, v in machine.describe().items() if not k.endswith(("_bandwidth", "_peak"))},
-        "throughput": rows,
     }
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -162,6 +232,7 @@ def save(result: dict, rows: list[dict], args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", choices=PARTS, nargs="*", default=PARTS)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--cases", choices=CASES, nargs="*", default=CASES, metavar="CASE", help="'TEXT, DRAFTER'")
     parser.add_argument("--rounds", type=int, default=2)
@@ -169,12 +240,28 @@ def main() -> None:
     args = parser.parse_args()
     result: dict = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     rows = {tuple(row.get(name) for name in ROW_KEY): row for row in result.get("throughput", [])}
-    with mock.patch.object(output, "sample_row", _scripted):
-        for row in throughput(args.batches, args.cases, args.rounds):
+    if "throughput" in args.parts:
+        with mock.patch.object(output, "sample_row", _scripted):
+            for row in throughput(args.batches, args.cases, args.rounds):
+                print(row, flush=True)
+                rows[tuple(row.get(name) for name in ROW_KEY)] = row
+                # Rows may be measured in runs of their own.
+                result["throughput"] = sorted(rows.values(), key=lambda row: row["batch"])
+                save(result, args)
+    if "operator" in args.parts:
+        result["operator"] = operator_rows(args.rounds)
+        save(result, args)
+    if "peers" in args.parts:
+        tokenizer = Tokenizer(checkpoint("dense"))
+        texts = scripts("editing code", LEAST_TEXTS, tokenizer, PROMPT_LEN, OUTPUT_LEN)
+        result["peers"] = speculative_peers.measure(texts, args.rounds)
+        save(result, args)
+    if "capacity" in args.parts:
+        result["capacity"] = []
+        for row in capacity_rows():
             print(row, flush=True)
-            rows[tuple(row.get(name) for name in ROW_KEY)] = row
-            # Rows may be measured in runs of their own.
-            save(result, sorted(rows.values(), key=lambda row: row["batch"]), args)
+            result["capacity"].append(row)
+            save(result, args)
 
 
 if __name__ == "__main__":
