@@ -168,7 +168,9 @@ def operator_rows(rounds: int) -> list[dict]:
     shape = LayerShape(GATED_DELTANET, 16, 32, 128, 128)
     tiers = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.int8, torch.bfloat16)]
     rows, _ = measure(shape, tiers, [recurrent(), verify(NUM_DRAFTS, 16)], 32, 540_000_000, rounds)
-    steps = {row.state_dtype: row.seconds for row in rows if row.form == recurrent().name}
+    steps = {
+        row.state_dtype: row.seconds for row in rows if row.form == recurrent().name and row.backend == rows[0].backend
+    }
     return [
         {
             "states": row.state_dtype, "records": row.record_dtype, "batch": row.batch, "drafts": NUM_DRAFTS,
@@ -253,7 +255,7 @@ def main() -> None:
         save(result, args)
     if "peers" in args.parts:
         tokenizer = Tokenizer(checkpoint("dense"))
-        texts = scripts("editing code", LEAST_TEXTS, tokenizer, PROMPT_LEN, OUTPUT_LEN)
+        texts = scripts("editing code", 2, tokenizer, PROMPT_LEN, OUTPUT_LEN)
         result["peers"] = speculative_peers.measure(texts, args.rounds)
         save(result, args)
     if "capacity" in args.parts:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from peers import KVBuffer, LlamaCpp, System
 from speculative_texts import Script
 
-MAX_TOKENS, NUM_DRAFTS = 128, 8
+MAX_TOKENS, NUM_DRAFTS = 96, 8
 #: As far as prompt lookup looks back here, too; llama.cpp's default of 12 finds less.
 _NGRAM = 4
 #: So many tokens there are to choose from.
@@ -71,7 +71,8 @@ def measure(texts: Sequence[Script], rounds: int) -> list[dict]:
             ratios = [round(fast / slow, 3) for fast, slow in zip(own, plain, strict=True)]
             rows.append({
                 "server": server.name, "version": server.version(), "choices": choices,
-                "tokens_per_second": round(statistics.median(own), 1), "ratio": statistics.median(ratios), "ratios": ratios,
+                "tokens_per_second": round(statistics.median(own), 1),
+                "ratio": statistics.median(ratios), "ratios": ratios,
             })  # fmt: skip
     return rows
 
