@@ -59,7 +59,11 @@ _ROUTER_SCALE = 8
 
 
 def checkpoint(kind: str) -> Path:
-    """The Hugging Face folder of one kind of model (bfloat16 safetensors), made on first use."""
+    """The Hugging Face folder of one kind of model (bfloat16 safetensors), made on first use; `demo`: our own."""
+    if kind == "demo":
+        from kvbuffer.models.weights import resolve_model
+
+        return resolve_model(kind)
     folder = CACHE / kind
     if not (folder / "tokenizer_config.json").exists():
         _make_model(kind, folder)

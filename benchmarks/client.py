@@ -8,6 +8,7 @@ responses are taken apart after it stops.
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import selectors
 import socket
@@ -28,6 +29,10 @@ class Completion:
     end: float
     token_ids: list[int] = field(default_factory=list)
     """Empty where the server was not asked for ids."""
+    start: float = 0.0
+    """When it was sent."""
+    hit: bool = False
+    """Whether a predictive cache answered it."""
 
     @property
     def first(self) -> float:
@@ -37,6 +42,7 @@ class Completion:
 @dataclass
 class _Stream:
     socket: socket.socket
+    sent: float = 0.0
     received: list[bytes] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
 
@@ -45,10 +51,15 @@ class RequestFailed(RuntimeError):
     """The server answered with something other than a complete 200 stream."""
 
 
-def complete(port: int, bodies: list[dict], path: str = "/v1/completions", timeout: float = 600) -> list[Completion]:
-    """Sends all `bodies` at once, each streaming on a connection of its own, and waits for the last to finish."""
+def complete(
+    port: int, bodies: list[dict], path: str = "/v1/completions", timeout: float = 600, concurrency: int | None = None
+) -> list[Completion]:
+    """Sends `bodies`, each to be streamed on a connection of its own, and waits for the last answer to end.
+
+    All are sent at once, or `concurrency` of them and then another one whenever an answer ends.
+    """
     requests = [_encode(port, path, body) for body in bodies]
-    start, streams = _exchange(port, requests, timeout)
+    start, streams = _exchange(port, requests, timeout, concurrency)
     return [_parse(stream, start) for stream in streams]
 
 
@@ -61,7 +72,7 @@ def _encode(port: int, path: str, body: dict) -> bytes:
     return head.encode() + payload
 
 
-def _exchange(port: int, requests: list[bytes], timeout: float) -> tuple[float, list[_Stream]]:
+def _exchange(port: int, requests: list[bytes], timeout: float, concurrency: int | None) -> tuple[float, list[_Stream]]:
     clock = time.perf_counter
     streams = []
     with selectors.DefaultSelector() as selector:
@@ -70,9 +81,15 @@ def _exchange(port: int, requests: list[bytes], timeout: float) -> tuple[float, 
             stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             selector.register(stream.socket, selectors.EVENT_READ, stream)
             streams.append(stream)
+        waiting = iter(zip(streams, requests, strict=True))
+
+        def send(count: int | None) -> None:
+            for stream, request in itertools.islice(waiting, count):
+                stream.sent = clock()
+                stream.socket.sendall(request)
+
         start = clock()
-        for stream, request in zip(streams, requests, strict=True):
-            stream.socket.sendall(request)
+        send(concurrency)
         in_flight = len(streams)
         while in_flight:
             ready = selector.select(timeout)
@@ -88,6 +105,7 @@ def _exchange(port: int, requests: list[bytes], timeout: float) -> tuple[float, 
                     selector.unregister(stream.socket)
                     stream.socket.close()
                     in_flight -= 1
+                    send(1)
     return start, streams
 
 
@@ -134,6 +152,8 @@ def _parse(stream: _Stream, start: float) -> Completion:
         event_times=event_times[:num_pieces],  # the usage chunk comes last and carries no token
         end=stream.times[-1] - start,
         token_ids=token_ids,
+        start=stream.sent - start,
+        hit=bool((usage.get("prompt_tokens_details") or {}).get("instcache_hit")),
     )
 
 

@@ -1,10 +1,10 @@
-"""InstCache: lookups, forks in the search, hit rates beside caches of history, exactness, a server with and without it.
+"""InstCache: lookups, forks in the search, hit rates beside caches of history, exactness, servers with and without it.
 
     python benchmarks/instcache.py --parts lookup,forks --out benchmarks/results/instcache.json
     python benchmarks/instcache.py --parts hits --work FOLDER --out benchmarks/results/instcache.json
 
-``hits`` fits a predictor to a log of each workload first, which takes some minutes; those in FOLDER are taken. What
-is not run is kept from the file that is there.
+``hits`` fits a predictor to a log of each workload first, which takes some minutes; those in FOLDER are taken.
+``proxy`` needs vLLM (benchmarks/setup_peers.sh vllm). What is not run is kept from the file that is there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.utils import logging
 from instcache_exact import check_exactness
 from instcache_forks import compare_forks
 from instcache_hits import measure_hits
-from instcache_serve import measure_serving
+from instcache_serve import measure_proxy, measure_serving
 from instcache_workloads import WORKLOADS
 from kvbuffer.bench import machine
 from kvbuffer.instcache.entry import Answer, Codec, encode, train_dictionary
@@ -77,7 +77,7 @@ def lookup(folder: Path, entries: int, lookups: int = 200_000) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", default="lookup,forks,hits,exact,serve")
+    parser.add_argument("--parts", default="lookup,forks,hits,exact,serve,proxy")
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--work", type=Path, help="Folder for what is made on the way; default: a temporary one.")
     parser.add_argument("--out", type=Path, required=True)
@@ -98,6 +98,8 @@ def main() -> None:
             made["exact"] = check_exactness(folder)
         if "serve" in parts:
             made["serve"] = measure_serving(folder)
+        if "proxy" in parts:
+            made["proxy"] = measure_proxy(folder)
     date, threads = datetime.now(UTC).isoformat(timespec="seconds"), torch.get_num_threads()
     about = {"date": date, "commit": machine.commit(), "threads": threads}
     for part, result in made.items():

@@ -1,91 +1,128 @@
-"""The demo model behind the API, with stores that answer a share of what is asked and without one, in turns."""
+"""Servers with stores that answer a share of what is asked, and without one: our own, and vLLM behind the proxy.
+
+Every server is a process of its own, and so is the load generator; all share the cores. Requests are chats that stream,
+so many at a time, the next as soon as one is answered.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from functools import partial
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 
+from checkpoints import checkpoint
+from client import complete
 from instcache_workloads import SKEWED
-from kvbuffer.engine.async_engine import AsyncEngine
 from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.engine import Engine
 from kvbuffer.instcache.fill import Filler
 from kvbuffer.instcache.identity import Identity
-from kvbuffer.models.weights import resolve_model
-from kvbuffer.server.app import create_app
-from kvbuffer.server.instcache import InstCache
+from peers import VLLM, HttpSystem, KVBuffer
 
-HIT_RATES = (0.5, 0.8)
-REQUESTS, MAX_TOKENS, CONCURRENCY, ROUNDS = 320, 24, 8, 3
+CONCURRENCY, ROUNDS = 8, 3
 
 
-async def drive(client: httpx.AsyncClient, texts: list[str]) -> dict[str, float]:
-    """Send requests, eight at a time, and time them."""
-    waiting, seconds, tokens, hits = iter(texts), [], 0, 0
+class WithStore(KVBuffer):
+    """This project, with a store in front of the engine."""
 
-    async def worker() -> None:
-        nonlocal tokens, hits
-        for text in waiting:
-            body = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": MAX_TOKENS}
-            began = time.perf_counter()
-            response = await client.post("/v1/chat/completions", json=body)
-            seconds.append(time.perf_counter() - began)
-            tokens += response.json()["usage"]["completion_tokens"]
-            hits += "x-instcache" in response.headers
+    def __init__(self, model: str, store: Path | None) -> None:
+        super().__init__("kvbuffer" if store is None else store.name, model, CONCURRENCY)
+        self._store = store
 
-    began = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
-    elapsed = time.perf_counter() - began
-    return {"seconds": elapsed, "tokens": tokens, "hit_rate": hits / len(texts), "tokens_per_second": tokens / elapsed,
-            "ms_per_token": 1000 * sum(seconds) / tokens}  # fmt: skip
+    def command(self) -> list[str]:
+        store = [] if self._store is None else ["--instcache", str(self._store)]
+        return [*super().command(), "--memory", "512MiB", *store]
 
 
-def fill_stores(folder: Path) -> tuple[Engine, list[str], list[Path]]:
-    """Return the engine, what will be asked, and a store for each hit rate."""
-    engine = Engine.from_config(EngineConfig("demo", memory=1 << 29, max_queue_len=None, enable_prefix_caching=False))
-    texts = list(dict.fromkeys(SKEWED.sample(20_000, 5)))[:REQUESTS]
-    filler = Filler(engine, Identity.of(resolve_model("demo"), engine.tokenizer), "demo", max_tokens=MAX_TOKENS)
-    stores = [folder / f"served-{rate:g}" for rate in HIT_RATES]
-    for rate, store in zip(HIT_RATES, stores, strict=True):
-        filler.fill(store, texts[: round(rate * REQUESTS)])
-    return engine, texts, stores
+class Proxy(HttpSystem):
+    """A store in front of another server."""
+
+    def __init__(self, behind: HttpSystem, store: Path) -> None:
+        super().__init__(store.name, behind.model, CONCURRENCY)
+        self._behind, self._store = behind, store
+
+    def version(self) -> str:
+        return self._behind.version()
+
+    def command(self) -> list[str]:
+        return [
+            *(sys.executable, "-c", "from kvbuffer.cli import main; main()", "instcache", "proxy"),
+            *(str(checkpoint(self.model)), "--store", str(self._store), "--served-model-name", "bench"),
+            *("--upstream", f"http://127.0.0.1:{self._behind.port}", "--port", str(self.port)),
+        ]
+
+
+def drive(server: HttpSystem, texts: Sequence[str], max_tokens: int) -> dict[str, float]:
+    """Ask a server, and time it."""
+    fields = {"model": "bench", "temperature": 0, "max_tokens": max_tokens, "stream": True}
+    fields |= {"stream_options": {"include_usage": True}}
+    bodies = [{"messages": [{"role": "user", "content": text}], **fields} for text in texts]
+    done = complete(server.port, bodies, "/v1/chat/completions", concurrency=CONCURRENCY)
+    seconds, tokens = max(one.end for one in done), sum(one.num_output_tokens for one in done)
+    return {
+        "seconds": seconds, "tokens": tokens, "hit_rate": float(np.mean([one.hit for one in done])),
+        "tokens_per_second": tokens / seconds, "ms_per_token": 1000 * sum(one.end - one.start for one in done) / tokens,
+    }  # fmt: skip
+
+
+def fill_stores(
+    model: str, folder: Path, num_requests: int, max_tokens: int, hit_rates: Sequence[float]
+) -> tuple[list[str], list[Path]]:
+    """Return what will be asked, and a store for each hit rate."""
+    path = checkpoint(model)
+    engine = Engine.from_config(EngineConfig(str(path), memory=1 << 29, max_queue_len=None))
+    texts = list(dict.fromkeys(SKEWED.sample(20_000, 5)))[:num_requests]
+    filler = Filler(engine, Identity.of(path, engine.tokenizer), model, max_tokens=max_tokens)
+    stores = [folder / f"{model}-{rate:g}" for rate in hit_rates]
+    for rate, store in zip(hit_rates, stores, strict=True):
+        filler.fill(store, texts[: round(rate * num_requests)])
+    return texts, stores
+
+
+def in_turns(servers: Sequence[HttpSystem], texts: Sequence[str], max_tokens: int) -> dict[str, Any]:
+    """Compare servers with the first of them, which has no store."""
+    rng, rounds = np.random.default_rng(0), []
+    for number in range(ROUNDS + 1):
+        asked = rng.permutation(texts).tolist()[: 4 * CONCURRENCY if number == 0 else None]
+        rounds.append([drive(server, asked, max_tokens) for server in servers])
+    del rounds[0]  # it warmed up
+    summary = []
+    for i in range(1, len(servers)):
+        hit_rate = rounds[0][i]["hit_rate"]
+        speed_up, time = (
+            float(np.median([r[0][name] / r[i][name] for r in rounds])) for name in ("seconds", "ms_per_token")
+        )
+        summary.append(
+            {"hit_rate": hit_rate, "ideal": 1 / (1 - hit_rate), "speed_up": speed_up, "time_per_token": 1 / time}
+        )
+    return {"concurrency": CONCURRENCY, "max_tokens": max_tokens, "rounds": rounds, "summary": summary}
 
 
 def measure_serving(folder: Path) -> dict[str, Any]:
-    engine, texts, stores = fill_stores(folder)
-    identity = partial(Identity.of, resolve_model("demo"), engine.tokenizer)
+    """The demo model behind our own server."""
+    texts, stores = fill_stores("demo", folder, 320, 24, (0.5, 0.8))
+    servers = [WithStore("demo", store) for store in (None, *stores)]
+    try:
+        for server in servers:
+            server.start()
+        return in_turns(servers, texts, 24)
+    finally:
+        for server in servers:
+            server.stop()
 
-    async def run() -> list[list[dict[str, float]]]:
-        shared, rng = AsyncEngine(engine), np.random.default_rng(0)
-        caches = [InstCache(store, identity, engine.tokenizer, engine.max_model_len) for store in stores]
-        systems = [create_app(shared, instcache=cache) for cache in (None, *caches)]
-        shared.start()
-        rounds = []
-        for number in range(ROUNDS + 1):
-            order = rng.permutation(texts).tolist()[: 4 * CONCURRENCY if number == 0 else None]
-            rounds.append([])
-            for system in systems:
-                transport = httpx.ASGITransport(system)
-                async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=None) as client:
-                    rounds[-1].append(await drive(client, order))
-        await shared.shutdown()
-        for cache in caches:
-            cache.close()
-        return rounds[1:]  # the first warms up
 
-    rounds = asyncio.run(run())
-    summary = []
-    for i in range(1, len(rounds[0])):
-        hit_rate = rounds[0][i]["hit_rate"]
-        ratios = {
-            name: float(np.median([r[0][name] / r[i][name] for r in rounds])) for name in ("seconds", "ms_per_token")
-        }
-        summary.append({"hit_rate": hit_rate, "ideal": 1 / (1 - hit_rate), "speed_up": ratios["seconds"],
-                        "time_per_token": 1 / ratios["ms_per_token"]})  # fmt: skip
-    return {"concurrency": CONCURRENCY, "rounds": rounds, "summary": summary}
+def measure_proxy(folder: Path) -> dict[str, Any]:
+    """The proxy in front of vLLM, with a model of 213 million random weights."""
+    texts, [store] = fill_stores("dense", folder, 64, 64, (0.5,))
+    behind = VLLM("vllm", "dense", CONCURRENCY)
+    servers = [behind, Proxy(behind, store)]
+    try:
+        for server in servers:
+            server.start()
+        return {"vllm": behind.version(), **in_turns(servers, texts, 64)}
+    finally:
+        for server in servers[::-1]:
+            server.stop()

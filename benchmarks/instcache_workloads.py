@@ -5,9 +5,10 @@
 An instruction is of some kind, and each of its parts is drawn by Zipf's law. So the probability of every instruction is
 known, and with it the entropy and the best hit rate that any table of N entries has.
 
-All of them are synthetic. ``LMSYS_LIKE`` has the shape that is told of public chat logs (short greetings that many
-send, requests from templates with a long tail, and long texts that nobody can foresee), in proportions that are
-guessed: nothing that is measured on it is a measurement on LMSys-Chat-1M.
+All of them are synthetic. In ``SKEWED`` few instructions are most of what is asked. In ``COLD_START``, whose parts are
+nearly as likely as one another, most of what is asked has not been asked before. ``LMSYS_LIKE`` has the shape that is
+told of public chat logs (short greetings that many send, requests from templates with a long tail, and long texts that
+nobody can foresee), in proportions that are guessed: nothing that is measured on it is a measurement on LMSys-Chat-1M.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +107,11 @@ class Workload:
         return rng.permutation(list(texts)).tolist()
 
     @property
+    def size(self) -> int:
+        """Different instructions."""
+        return sum(math.prod(map(len, kind.parts)) for kind in self.kinds)
+
+    @property
     def entropy(self) -> float:
         """In nats."""
         inner = (kind.share * -sum((p * np.log(p)).sum() for p in kind.shares()) for kind in self.kinds)
@@ -115,7 +122,7 @@ class Workload:
         """What a table of the likeliest ``entries`` instructions would hit."""
         probabilities = []
         for kind in self.kinds:
-            if np.prod([float(len(part)) for part in kind.parts]) < 1e7:  # others have none that is likely enough
+            if math.prod(map(len, kind.parts)) < 1e7:  # others have none that is likely enough
                 each = np.full(1, kind.share)
                 for share in kind.shares():
                     each = np.outer(each, share).ravel()
@@ -123,12 +130,8 @@ class Workload:
         return float(np.sort(np.concatenate(probabilities))[::-1][:entries].sum())
 
 
-def _templates(exponent: float) -> tuple[Kind, ...]:
-    return (Kind(1.0, (OPENINGS, SUBJECTS, MANNERS, ENDINGS), (exponent,) * 4),)
-
-
-COLD_START = Workload("cold start", _templates(0.5))
-SKEWED = Workload("skewed", _templates(1.3))
+COLD_START = Workload("cold start", (Kind(1.0, (REQUESTS, QUALITIES, TOPICS, MANNERS, ENDINGS), (0.5,) * 5),))
+SKEWED = Workload("skewed", (Kind(1.0, (OPENINGS, SUBJECTS, MANNERS, ENDINGS), (1.3,) * 4),))
 LMSYS_LIKE = Workload(
     "LMSys-like",
     (
@@ -153,7 +156,7 @@ def fitted(workload: Workload, folder: Path, log_size: int, options: FitOptions 
     if (model := folder / "run" / "model").exists():
         return model
     folder.mkdir(parents=True, exist_ok=True)
-    write_log(workload, log_size, 0, folder / "log.jsonl")
+    write_log(log_of(workload, log_size), folder / "log.jsonl")
     prepare(folder / "log.jsonl", folder)
     if options is None:
         config = folder / "predictor.json"
@@ -162,10 +165,15 @@ def fitted(workload: Workload, folder: Path, log_size: int, options: FitOptions 
     return train_predictor(folder, options)
 
 
-def write_log(workload: Workload, count: int, seed: int, path: Path) -> None:
+def log_of(workload: Workload, count: int) -> list[str]:
+    """Return what the log that a predictor is fitted to asks."""
+    return workload.sample(count, 0)
+
+
+def write_log(texts: Sequence[str], path: Path) -> None:
     """Write a log in the shape of LMSys-Chat-1M's records."""
     with path.open("w", encoding="utf-8") as file:
-        for number, text in enumerate(workload.sample(count, seed)):
+        for number, text in enumerate(texts):
             messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "..."}]
             file.write(json.dumps({"conversation_id": f"c{number}", "conversation": messages}) + "\n")
 
@@ -178,7 +186,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     [workload] = [workload for workload in WORKLOADS if workload.name == options.workload]
-    write_log(workload, options.count, options.seed, options.out)
+    write_log(workload.sample(options.count, options.seed), options.out)
 
 
 if __name__ == "__main__":
