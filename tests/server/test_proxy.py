@@ -75,7 +75,8 @@ async def test_requests_and_answers_pass_unchanged(store: Path) -> None:
 
     async with proxied(store, behind) as client:
         body = b'{"messages": "not for us", "odd": [1,  2]}'
-        headers = {"Authorization": "Bearer k", "Content-Type": "application/json"}
+        headers = {"Authorization": "Bearer k", "Content-Type": "application/json", "Accept-Encoding": "br"}
+        del client.headers["User-Agent"]
         for method, url in (("POST", "/v1/chat/completions?x=%20y"), ("DELETE", "/v1/files/a%2Fb")):
             answer = await client.request(method, url, content=body, headers=headers)
             assert (answer.status_code, answer.content) == (418, b"\x00 raw")
@@ -84,6 +85,8 @@ async def test_requests_and_answers_pass_unchanged(store: Path) -> None:
     assert [(method, sent) for method, _, sent, _ in seen] == [("POST", body), ("DELETE", body)]
     assert seen[0][1] == "http://behind/v1/chat/completions?x=%20y"
     assert all(headers["authorization"] == "Bearer k" for *_, headers in seen)
+    assert all(headers["accept-encoding"] == "br" for *_, headers in seen)
+    assert all("user-agent" not in headers for *_, headers in seen)  # none is made up
 
 
 async def test_a_key_is_needed_for_hits_too(store: Path) -> None:

@@ -143,27 +143,24 @@ def _invalid(name: str, allowed: str, value: object, item: str = "") -> InvalidR
 
 
 def _integer(name: str, value: object, low: int, high: int, *, item: str = "", high_name: str = "") -> int:
-    shown_high = f"{high_name} ({high})" if high_name and high != _MAX_COUNT else str(high)
-    allowed = f"an integer between {low} and {shown_high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
-        raise _invalid(name, allowed, value, item)
+        shown_high = f"{high_name} ({high})" if high_name and high != _MAX_COUNT else str(high)
+        raise _invalid(name, f"an integer between {low} and {shown_high}", value, item)
     return int(value)
 
 
 def _number(
     name: str, value: object, low: float, high: float = math.inf, *, above_low: bool = False, item: str = ""
 ) -> float:
-    if high < math.inf:
-        allowed = f"a number in {'(' if above_low else '['}{low:g}, {high:g}]"
-    else:
-        allowed = f"a finite number {'>' if above_low else '>='} {low:g}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise _invalid(name, allowed, value, item)
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number) or not low <= number <= high or (above_low and number == low):
+        if high < math.inf:
+            allowed = f"a number in {'(' if above_low else '['}{low:g}, {high:g}]"
+        else:
+            allowed = f"a finite number {'>' if above_low else '>='} {low:g}"
         raise _invalid(name, allowed, value, item)
     return number
 

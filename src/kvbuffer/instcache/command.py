@@ -202,15 +202,18 @@ def proxy(
     from kvbuffer.instcache.identity import Identity
     from kvbuffer.models.weights import resolve_model
     from kvbuffer.server.instcache import InstCache
+    from kvbuffer.server.launch import bind, raise_open_files_limit, uvicorn_config
     from kvbuffer.server.proxy import create_proxy
     from kvbuffer.tokenizer import Tokenizer
 
+    listener = bind(host, port)
+    raise_open_files_limit()
     folder = resolve_model(model)
     tokenizer = Tokenizer(folder)
     answers = InstCache(store, partial(Identity.of, folder, tokenizer), tokenizer, max_model_len, sampled)
     app = create_proxy(upstream, answers, tokenizer, served_model_name or model, api_key)
     print(f"{answers.num_entries:,} answers in front of {upstream}, on http://{host}:{port}. Ctrl-C stops.")
-    uvicorn.run(app, host=host, port=port, http="httptools", log_level="warning", proxy_headers=False)
+    uvicorn.Server(uvicorn_config(app)).run(sockets=[listener])
 
 
 @instcache.command()

@@ -47,6 +47,21 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def uvicorn_config(app: FastAPI, log_level: str = "warning", **options: Any) -> uvicorn.Config:
+    """Return how uvicorn is to run an application; ``options`` are more of its own."""
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        proxy_headers=False,
+        lifespan="on",
+        log_level=log_level,
+        access_log=log_level in ("debug", "trace"),
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        **options,
+    )
+
+
 class Server(uvicorn.Server):
     """uvicorn that lets running requests finish, ends the rest in an orderly way and exits with status 0.
 
@@ -67,18 +82,8 @@ class Server(uvicorn.Server):
         log_level: str = "warning",
         on_started: Callable[[], None] = lambda: None,
     ) -> None:
-        config = uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            proxy_headers=False,
-            lifespan="on",
-            log_level=log_level,
-            access_log=log_level in ("debug", "trace"),
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=int(shutdown_timeout_s) + _CLOSING_TIMEOUT_S,
-        )
-        super().__init__(config)
+        graceful = int(shutdown_timeout_s) + _CLOSING_TIMEOUT_S
+        super().__init__(uvicorn_config(app, log_level, timeout_graceful_shutdown=graceful))
         self._engine = engine
         self._shutdown_timeout_s = shutdown_timeout_s
         self._on_started = on_started

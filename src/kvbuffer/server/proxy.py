@@ -76,6 +76,7 @@ def create_proxy(
     client = httpx.AsyncClient(
         base_url=upstream.rstrip("/").removesuffix("/v1"), timeout=None, transport=transport, limits=httpx.Limits()
     )
+    client.headers.clear()  # what httpx would add, such as encodings that our client may not accept
     token_text = cache(lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False))
     instcache.seconds = seconds = MeanSeconds()
 
