@@ -95,7 +95,7 @@ def install(clock: Clock) -> None:
         (layers, "moe_mlp", _moe_mlp),
         *((layers, name, _streaming(name)) for name in ("attention_inputs", "route", "add_rms_norm")),
         *((layers, name, _streaming(name)) for name in ("causal_conv", "gated_delta_inputs")),
-        (engine_module, "extend_output", _stage("sample")),
+        *((engine_module, name, _stage("sample")) for name in ("Logits", "extend_output")),
         *((Linear, name, _linear) for name in ("__call__", "of_add_rms_norm", "of_gated_rms_norm")),
         *((SwigluMlp, name, _swiglu_mlp) for name in ("__call__", "of_add_rms_norm")),
         (decoder.Decoder, "forward", _stage("embedding and Python between operators")),

@@ -17,7 +17,6 @@ system that stores a state for each draft has to do at least.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
@@ -80,10 +79,10 @@ SCRIPTS: dict[int, list[int]] = {}
 _sample_row = output.sample_row
 
 
-def _scripted(logits, state, vocab_size):
+def _scripted(logits, row, state):
     """Sample as usual, then say what is laid down."""
-    sampled = _sample_row(logits, state, vocab_size)
-    return dataclasses.replace(sampled, token_id=SCRIPTS[id(state)][state.num_output_tokens])
+    sampled = _sample_row(logits, row, state)
+    return sampled._replace(token_id=SCRIPTS[id(state)][state.num_output_tokens])
 
 
 def run(engine: Engine, texts: Sequence[Script]) -> tuple[int, float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer
 
 from kvbuffer.errors import InvalidRequestError, ModelError
@@ -39,6 +41,8 @@ class Tokenizer:
             raise ModelError(f"no usable tokenizer in {folder}: {error}") from None
         # transformers takes as long again to look at the ids as this does to decode them, and that once per token.
         self._backend: Any = getattr(self.pretrained, "backend_tokenizer", None)
+        #: See :func:`whole_texts`.
+        self.whole_text = whole_texts(self._backend)
         self.vocab_size: int = len(self.pretrained)
         self.eos_token_id: int | None = self.pretrained.eos_token_id
         self._thinking, self.end_of_thinking = map(self._added_token, (_THINKING, END_OF_THINKING))
@@ -105,3 +109,25 @@ class Tokenizer:
         except Exception as error:  # a Jinja template may raise anything
             raise InvalidRequestError(f"the chat template refused the messages: {error}", "messages") from None
         return ids
+
+
+def whole_texts(backend: Any) -> Callable[[int, bool], str | None]:
+    """Return a function that tells the texts of single tokens.
+
+    Args:
+        backend: a tokenizer of the ``tokenizers`` library, or None.
+
+    Returns:
+        A function of a token id and of whether special tokens are skipped: the text that the token adds after any text
+        of whole characters; None if that depends on the tokens around it. Only byte-level decoders put tokens together
+        by their bytes alone; others have rules for spaces.
+    """
+    if not isinstance(getattr(backend, "decoder", None), ByteLevel):
+        return lambda token_id, skip_special_tokens: None
+
+    @lru_cache(maxsize=1 << 16)
+    def whole_text(token_id: int, skip_special_tokens: bool) -> str | None:
+        text: str = backend.decode([token_id], skip_special_tokens=skip_special_tokens)
+        return None if "\ufffd" in text else text
+
+    return whole_text

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
 from kvbuffer.engine.sampling_params import SamplingParams
+from kvbuffer.tokenizer import whole_texts
 
 TEXT = [
     "the quick brown fox jumps over the lazy dog, and the dog sleeps. \n\n",
@@ -31,6 +32,7 @@ class Wrapped:
         self.size = tokenizer.get_vocab_size()
         self.special = tokenizer.token_to_id(SPECIAL)
         self.num_decoded = 0
+        self.whole_text = whole_texts(tokenizer)
 
     def encode(self, text):
         return self._tokenizer.encode(text).ids
@@ -194,6 +196,23 @@ def test_many_skipped_special_tokens_do_not_hide_what_came_before():
     tokenizer = byte_level()
     first, *rest = (tokenizer.id_of(token) for token in "âĤ¬")
     assert stream(tokenizer, [first, *[tokenizer.special] * 200, *rest])[0] == "€"
+
+
+@settings(deadline=None)
+@given(ids=byte_level_ids, token_id=st.integers(0, byte_level().size), skip=st.booleans())
+def test_a_token_with_a_text_of_its_own_adds_that_to_any_whole_text(ids, token_id, skip):
+    before = byte_level().decode(ids, skip_special_tokens=skip)
+    own = byte_level().whole_text(token_id, skip)
+    if own is not None and "\ufffd" not in before:
+        assert byte_level().decode([*ids, token_id], skip_special_tokens=skip) == before + own
+
+
+def test_text_of_whole_characters_is_looked_up_and_not_decoded_again():
+    tokenizer = byte_level()
+    ids = tokenizer.encode("the quick brown fox")
+    tokenizer.num_decoded = 0
+    assert stream(tokenizer, ids)[0] == "the quick brown fox"
+    assert tokenizer.num_decoded == 0
 
 
 def test_ids_unknown_to_the_tokenizer_have_no_text():

@@ -42,6 +42,9 @@ class ByteTokenizer:
         pieces = bytes(token for token in ids if token != EOS).decode(errors="replace")
         return pieces + ("" if skip_special_tokens else "<eos>" * ids.count(EOS))
 
+    def whole_text(self, token_id: int, skip_special_tokens: bool) -> None:
+        """No token has a text of its own: single bytes of characters do not."""
+
     def apply_chat_template(
         self,
         messages: list[dict[str, Any]],

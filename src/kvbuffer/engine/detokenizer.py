@@ -26,6 +26,10 @@ class Decoder(Protocol):
         """Return the text of ``ids``, with U+FFFD for bytes that are not UTF-8."""
         ...
 
+    def whole_text(self, token_id: int, skip_special_tokens: bool) -> str | None:
+        """Return the text that a token adds after any text of whole characters; None if that depends on others."""
+        ...
+
 
 class IncrementalDetokenizer:
     """Turns one request's tokens into text deltas, cut at the first stop string.
@@ -72,8 +76,9 @@ class IncrementalDetokenizer:
 class _TextStream:
     """Decodes a growing list of tokens at constant cost per token.
 
-    A short window of the last tokens is decoded anew for each token. What lies before it never changes again,
-    and the window reaches far enough back for its end to decode as it does in the whole.
+    Most tokens of most tokenizers have a text of their own, which is looked up. Otherwise a short window of the last
+    tokens is decoded anew for each token. What lies before it never changes again, and the window reaches far enough
+    back for its end to decode as it does in the whole.
     """
 
     def __init__(self, tokenizer: Decoder, skip_special_tokens: bool) -> None:
@@ -85,6 +90,11 @@ class _TextStream:
 
     def append(self, token_id: int) -> str:
         """Return the text that became certain: all but U+FFFD at the end, which may be unfinished."""
+        if self._num_sent == len(self._window_text):
+            own = self._tokenizer.whole_text(token_id, self._skip_special_tokens)
+            if own is not None:
+                self._window, self._window_text, self._num_sent = [], "", 0
+                return own
         self._window.append(token_id)
         text = self._decode(self._window)
         if text == self._window_text and self._decode([token_id, token_id]) == "":

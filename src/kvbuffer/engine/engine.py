@@ -6,11 +6,11 @@ import dataclasses
 import json
 import logging
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kvbuffer.cache.disk import DiskTier, fingerprint
 from kvbuffer.cache.memory import RequestMemory
@@ -26,6 +26,7 @@ from kvbuffer.engine.output import Extension, extend_output, score_prompt
 from kvbuffer.engine.ranks import LeadingRunner, ProcessRanks
 from kvbuffer.engine.request import DEFAULT_OPTIONS, CompletionDelta, FinishReason, Request, RequestOptions
 from kvbuffer.engine.runner import Runner
+from kvbuffer.engine.sampler import Logits
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.sampling_state import SamplingState
 from kvbuffer.engine.scheduler import Scheduler, Segment
@@ -283,22 +284,23 @@ class Engine:
         output = self._runner.run(batch)
         if self._offload is not None:
             self._offload.observe(sum(segment.num_tokens for segment in batch), time.perf_counter() - ran)
-        logits = output.logits.split(output.num_logits)
-        for segment, rows in zip(batch, logits, strict=True):
+        logits, ends = Logits(output.logits), list(accumulate(output.num_logits))
+        for segment, count, end in zip(batch, output.num_logits, ends, strict=True):
             if segment.request.scores_prompt:
-                score_prompt(segment.request, rows, self.model_config.vocab_size)
+                score_prompt(segment.request, logits.rows[end - count : end])
         places = self._scheduler.commit(batch)
         complete = [batch[place] for place in places]
-        extensions = [self._extend(batch[place], logits[place]) for place in places]
+        extensions = [self._extend(batch[place], logits, ends[place]) for place in places]
         if self._speculator is not None:
             accepted = {s.request: e.accepted for s, e in zip(complete, extensions, strict=True)}
             self._speculator.observe(batch, accepted, output.hidden, time.perf_counter() - began)
         return [self._report(s.request, extension) for s, extension in zip(complete, extensions, strict=True)]
 
-    def _extend(self, segment: Segment, logits: Tensor) -> Extension:
-        """Append to a request's output what has been sampled, and keep what its drafts brought."""
+    def _extend(self, segment: Segment, logits: Logits, end: int) -> Extension:
+        """Append to a request's output what its rows, which end at ``end``, give; keep what its drafts brought."""
         request, draft = segment.request, segment.draft
-        extension = extend_output(request, logits, draft, self.model_config.vocab_size, self.eos_token_ids)
+        row = end - 1 - len(draft.token_ids)
+        extension = extend_output(request, logits, row, draft, self.eos_token_ids)
         if request.num_computed_tokens == request.num_prefill_tokens and extension.token_ids:
             self._scheduler.publish(request, "prompt")
         self._scheduler.waiting.charge(request, output=len(extension.token_ids))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from torch import Tensor
-
 from kvbuffer.engine.request import FinishReason, Request, TokenLogprob
-from kvbuffer.engine.sampler import InvalidLogits, sample_row, score_token
+from kvbuffer.engine.sampler import InvalidLogits, Logits, Row, sample_row, score_token
 from kvbuffer.engine.speculative.drafter import Draft
 
 
@@ -34,7 +32,7 @@ class Extension(NamedTuple):
 
 
 def extend_output(
-    request: Request, logits: Tensor, draft: Draft, vocab_size: int, eos_token_ids: Collection[int]
+    request: Request, logits: Logits, row: int, draft: Draft, eos_token_ids: Collection[int]
 ) -> Extension:
     """Sample a token; while it is one that was drafted, go on behind it.
 
@@ -43,20 +41,19 @@ def extend_output(
 
     Args:
         request: a request whose known tokens are all computed; the new ones are appended.
-        logits: float32; its last [1 + D, V] are after the last known token and after each token of the draft.
-        draft: D tokens.
-        vocab_size: ids at and above it are never chosen.
+        logits: of the step.
+        row: the one after the last known token; one after each token of the draft follows.
+        draft: guesses of what is sampled.
         eos_token_ids: tokens that end a request unless it ignores them.
     """
     texts, token_ids, logprobs, accepted, place = [], [], [], [], -1
-    known = len(logits) - 1 - len(draft.token_ids)
     wants_logprobs = request.params.logprobs is not None
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     if len(request.token_ids) == request.max_len:  # nothing but the prompt's log-probabilities was asked for
         finish = FinishReason.LENGTH
     while finish is None:
-        sampled = sample_row(logits[known + 1 + place], request.sampling, vocab_size)
+        sampled = sample_row(logits, row + 1 + place, request.sampling)
         if isinstance(sampled, InvalidLogits):
             finish, stop_reason = FinishReason.ABORT, sampled.reason
             break
@@ -77,18 +74,17 @@ def extend_output(
     return Extension("".join(texts), token_ids, logprobs if wants_logprobs else None, finish, stop_reason, accepted)
 
 
-def score_prompt(request: Request, logits: Tensor, vocab_size: int) -> None:
+def score_prompt(request: Request, rows: Iterable[Row]) -> None:
     """Append to the log-probabilities of a request's prompt.
 
     Args:
         request: one that asked for them and does not have them all.
-        logits: [R, V], after the next R tokens of the prompt; those after its last token belong to the output.
-        vocab_size: ids at and above it do not count.
+        rows: [R, V] logits, after the next R tokens of the prompt; those after its last token belong to the output.
     """
     assert request.params.prompt_logprobs is not None
     known = request.token_ids[: request.num_prompt_tokens]
-    for row, token_id in zip(logits, known[len(request.prompt_logprobs) + 1 :], strict=False):
-        request.prompt_logprobs.append(score_token(row, token_id, request.params.prompt_logprobs, vocab_size))
+    for row, token_id in zip(rows, known[len(request.prompt_logprobs) + 1 :], strict=False):
+        request.prompt_logprobs.append(score_token(row, token_id, request.params.prompt_logprobs))
 
 
 def _ending(

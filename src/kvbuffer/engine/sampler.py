@@ -6,24 +6,25 @@ Now ``min_p``, ``top_k`` and ``top_p`` each keep a prefix of that order, in this
 mass among what is left. The token sampled is the first whose cumulative weight exceeds u times the kept
 weight; u, uniform in [0, 1), is the element of the request's Philox stream at the token's output position.
 
-Rows are handled one by one in NumPy, on one thread in one fixed order, so a row's result cannot depend on the
-batch or on the number of threads; NumPy's reductions over a row are also far faster than PyTorch's arg max,
-top-k and sort. A few large logits decide almost every draw: no full sort is made unless they turn out not to.
+A row's largest logit, which is all that a greedy request needs, is found for all rows of a step at once. What else a
+row needs is done in NumPy, on one thread in one fixed order, so its result cannot depend on the batch or on the number
+of threads; NumPy's reductions over a row are also far faster than PyTorch's top-k and sort. A few large logits decide
+almost every draw: no full sort is made unless they turn out not to.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from torch import Tensor
 
 from kvbuffer.engine.request import TokenLogprob
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.sampling_state import SamplingState
+from kvbuffer.ops.argmax import finite_argmax
 
 Row = npt.NDArray[np.float32]
 
@@ -32,16 +33,31 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FIRST_CANDIDATES, _MORE_CANDIDATES = 128, 2048
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class Logits:
+    """The logits of a step.
+
+    Args:
+        logits: [R, V] float32 on the CPU; not copied.
+
+    Attributes:
+        rows: the same.
+        best: for each row the lowest id among those of its largest logit; -1 where that is not a finite number, or the
+            row holds NaN.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.rows: npt.NDArray[np.float32] = logits.numpy()
+        self.best: list[int] = finite_argmax(logits).tolist()
+
+
+class SampledToken(NamedTuple):
     """A token chosen for one row, with its log-probability when the request asked for it."""
 
     token_id: int
     logprob: TokenLogprob | None
 
 
-@dataclass(frozen=True, slots=True)
-class InvalidLogits:
+class InvalidLogits(NamedTuple):
     """Stands in the place of a token when a row offers none; only that request fails.
 
     Attributes:
@@ -51,61 +67,44 @@ class InvalidLogits:
     reason: str
 
 
-def sample_row(logits: torch.Tensor, state: SamplingState, vocab_size: int) -> SampledToken | InvalidLogits:
+def sample_row(logits: Logits, row: int, state: SamplingState) -> SampledToken | InvalidLogits:
     """Choose one token. The logits and the state are not modified.
 
     Args:
-        logits: [V] on the CPU, any float dtype; V may exceed ``vocab_size``.
+        logits: of the step.
+        row: the one that the token is chosen from.
         state: whose token it is, the one at ``num_output_tokens``.
-        vocab_size: ids at and above it are padding of the model's vocabulary and are never chosen.
 
     Returns:
         The token; :class:`InvalidLogits` if the row holds NaN or infinity, or no token with finite logit.
     """
-    whole = _float32(logits)
-    raw = whole[:vocab_size]
-    token_id = int(raw.argmax())  # the lowest id among equals; NaN counts as largest
-    if not math.isfinite(raw[token_id]):
+    best = token_id = logits.best[row]
+    if best < 0:
         return InvalidLogits("The model's logits hold NaN or infinity, or no finite value.")
-    raw_peak = raw[token_id]
-
     params = state.params
-    row, peak = raw, raw_peak
+    edited = raw = logits.rows[row]
     if state.edits_logits:
-        whole = whole.copy()
-        state.edit_logits(whole)
-        row = whole[:vocab_size]
-        token_id = int(row.argmax())
-        peak = row[token_id]
-        if not math.isfinite(peak):
+        edited = raw.copy()
+        state.edit_logits(edited)
+        token_id = int(edited.argmax())  # the lowest id among equals; NaN counts as largest
+        if not math.isfinite(edited[token_id]):
             return InvalidLogits("Penalties, logit_bias and min_tokens leave no token to choose.")
     if not params.greedy:
-        token_id = _draw(row, peak, params, state.uniform(state.num_output_tokens))
+        token_id = _draw(edited, edited[token_id], params, state.uniform(state.num_output_tokens))
     if params.logprobs is None:
         return SampledToken(token_id, None)
-    return SampledToken(token_id, _token_logprob(raw, raw_peak, token_id, params.logprobs))
+    return SampledToken(token_id, _token_logprob(raw, raw[best], token_id, params.logprobs))
 
 
-def score_token(logits: torch.Tensor, token_id: int, num_top: int, vocab_size: int) -> TokenLogprob:
+def score_token(row: Row, token_id: int, num_top: int) -> TokenLogprob:
     """Return the log-probability of a token that is already known, and of the most likely ones.
 
     Args:
-        logits: [V] on the CPU, any float dtype.
-        token_id: the token, below ``vocab_size``.
+        row: [V] logits.
+        token_id: the token, below V.
         num_top: how many of the most likely tokens to report.
-        vocab_size: ids at and above it do not count.
     """
-    raw = _float32(logits)[:vocab_size]
-    return _token_logprob(raw, raw.max(), token_id, num_top)
-
-
-def _float32(row: torch.Tensor) -> Row:
-    if row.dtype == torch.bfloat16:
-        # The upper half of a float32's bits. PyTorch would wake its thread pool for this, once per row.
-        values: Row = np.left_shift(row.view(torch.uint16).numpy(), 16, dtype=np.uint32).view(np.float32)
-    else:
-        values = row.to(torch.float32).numpy()
-    return values
+    return _token_logprob(row, row.max(), token_id, num_top)
 
 
 def _draw(row: Row, peak: np.float32, params: SamplingParams, uniform: float) -> int:

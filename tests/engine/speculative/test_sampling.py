@@ -14,6 +14,7 @@ from kvbuffer import SamplingParams
 from kvbuffer.engine.detokenizer import IncrementalDetokenizer
 from kvbuffer.engine.output import extend_output
 from kvbuffer.engine.request import Request
+from kvbuffer.engine.sampler import Logits
 from kvbuffer.engine.sampling_state import SamplingState
 from kvbuffer.engine.speculative.drafter import Draft
 from tests.support.checkpoints import VOCAB_SIZE
@@ -31,6 +32,9 @@ class Letters:
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return "".join(chr(97 + token) for token in ids)
 
+    def whole_text(self, token_id: int, skip_special_tokens: bool) -> str:
+        return chr(97 + token_id)
+
 
 @pytest.fixture(scope="module")
 def model() -> torch.Tensor:
@@ -45,7 +49,7 @@ def count_pairs(model: torch.Tensor, drafts: list[Draft]) -> np.ndarray:
     request = Request("r", params, [0], 1, 2 * DRAWS, state, detokenizer)
     while request.num_output_tokens < DRAWS:
         last = request.token_ids[-1]
-        extend_output(request, model[[last, *drafts[last].token_ids]], drafts[last], SMALL, [])
+        extend_output(request, Logits(model[[last, *drafts[last].token_ids]]), 0, drafts[last], [])
     counts = np.zeros((SMALL, SMALL))
     np.add.at(counts, (request.token_ids[:-1], request.token_ids[1:]), 1)
     return counts

@@ -10,6 +10,7 @@
 // then reads what was just rounded and stored, from the cache. One task is one (request, value head), in a fixed order
 // of operations: neither the batch nor the threads show in the result. V is a multiple of the vector width.
 #include "fold.h"
+#include "shares.h"
 #include "tokens.h"
 
 namespace kvb {
@@ -111,13 +112,14 @@ void decode_head(const Decode& d, int64_t request, int64_t value_head, DecodeScr
 template <int NX, class S, class E>
 void decode(const Decode& d) {
   const Shape& shape = d.shape;
+  Shares shares;
 #pragma omp parallel
   {
     const FlushDenormals flush;
     static thread_local DecodeScratch scratch;
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < d.requests * shape.HV; ++task)
-      decode_head<NX, S, E>(d, task / shape.HV, task % shape.HV, scratch);
+    shares.take(d.requests * shape.HV,
+                [&](int64_t task) { decode_head<NX, S, E>(d, task / shape.HV, task % shape.HV, scratch); });
+#pragma omp barrier
     // Keys are shared by the value heads of a group: appended when no head can still be reading old records.
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < d.requests * shape.HK; ++task) {

@@ -6,6 +6,7 @@
 //
 // The update is a fold of one record by the same code as a buffer's, hence with the same bits as a buffer of one token.
 #include "states.h"
+#include "shares.h"
 #include "tokens.h"
 
 namespace kvb {
@@ -42,12 +43,12 @@ void decode(const Shape& shape, const Tokens& tokens, const StatePool& states, c
   const auto state = [&](int64_t task) { return state_of<S>(states, shape, slots[task / shape.HV], task % shape.HV); };
   const auto token = [&](int64_t task) { return tokens.at(shape, task / shape.HV, task % shape.HV); };
   const int64_t tasks = requests * shape.HV;
+  Shares shares;
 #pragma omp parallel
   {
     const FlushDenormals flush;
     static thread_local RecurrentScratch scratch;
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; ++task) {
+    shares.take(tasks, [&](int64_t task) {
       scratch.ahead.clear();
       if (task + 1 < tasks) {
         expect_token(token(task + 1), shape, out + (task + 1) * shape.V, scratch.ahead);
@@ -55,7 +56,7 @@ void decode(const Shape& shape, const Tokens& tokens, const StatePool& states, c
       }
       scratch.ahead.spread(2 * shape.K);
       decode_head<NX>(shape, token(task), state(task), out + task * shape.V, scratch);
-    }
+    });
   }
 }
 
