@@ -8,14 +8,15 @@
 Variants: the model as it is; groups of 2, 3 and 4 neighbours of one type with bypasses; layer pairs as in LP
 (arXiv 2502.02790: both MLPs see both mixers); the model without all but the first layer of each group, which takes as
 much time as groups would if their other layers cost nothing. ``latency`` computes groups fused on one device; ``ranks``
-runs two processes of one thread each: layers split (tensor parallelism), and groups placed. Parts are added to the
-file.
+runs two processes of one thread each: layers split (tensor parallelism), and groups placed; in turns with the whole
+model in one process, of one thread and of two. Parts are added to the file.
 
 Quality is loss, divergence and agreement, and as a task the share of tokens of a text it has not seen that the model
 predicts. ``--recovered`` adds checkpoints that ``kvbuffer cqil recover`` made of the model.
 
 Models: a checkpoint, or ``deep``: a Qwen3.5 hybrid of 24 layers and 250 million random weights, for latency only.
-The text is the docstrings of NumPy unless there is another: for the demo model, prose of the kind it was trained on.
+The text is the docstrings of NumPy, prose of the kind that the demo model was trained on, unless there is another:
+``--text``, or ``--data`` for a model that was trained on this data.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import argparse
 import inspect
 import json
 import os
-import socket
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -42,12 +44,13 @@ from kvbuffer.cqil.plan import CqilPlan
 from kvbuffer.cqil.planner import sequences
 from kvbuffer.cqil.recover import PLAN_FILE
 from kvbuffer.cqil.text import TextModel, batch_of, memory_for
-from kvbuffer.engine.ranks import ProcessRanks
+from kvbuffer.engine.ranks import ProcessRanks, start_ranks
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.decoder import Decoder
 from kvbuffer.models.parallel import ParallelDecoder
 from kvbuffer.models.weights import resolve_model
 from kvbuffer.tokenizer import Tokenizer
+from kvbuffer.train.data import read_info
 
 Groups = tuple[tuple[int, ...], ...]
 SIZES = (2, 3, 4)
@@ -109,13 +112,19 @@ def numpy_docstrings() -> str:
 
 def quality(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Loss, divergence and agreement of every variant."""
-    text = args.text.read_text() if args.text else numpy_docstrings()
-    ids = Tokenizer(folder).encode(text)
+    if args.data:
+        ids, text = np.load(args.data / "held_out.npy").astype(int).tolist(), "held-out part of the data"
+    elif args.text:
+        ids, text = Tokenizer(folder).encode(args.text.read_text()), args.text.name
+    else:
+        ids, text = Tokenizer(folder).encode(numpy_docstrings()), f"NumPy {np.__version__}"
     skip = max(0, len(ids) - args.tokens) // 2
     windows = torch.tensor(ids[skip : skip + args.tokens // args.window * args.window]).view(-1, args.window)
     model = load(folder, max_len=args.window)
     own, rows = TextModel(model, windows), []
     rows.append({"name": "as it is", **own.quality(())._asdict()})
+    if args.data:
+        rows.append({"name": "unigrams", "loss": unigram_loss(args.data, windows[:, 1:])})
 
     def hidden(of: Decoder, groups: Groups, kept: list[int] | None = None) -> torch.Tensor:
         plan = memory_for(of, *windows.shape)
@@ -142,8 +151,13 @@ def quality(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         variant = {"name": name, "groups": plan.groups, "bypass": plan.bypass}
         of = load(recovered, variant, args.window)
         rows.append({**variant, **own.compare(hidden(of, plan.groups))._asdict()})
-    return {"tokens": windows.numel(), "window": args.window, "text": str(args.text or f"NumPy {np.__version__}"),
-            "rows": rows}  # fmt: skip
+    return {"tokens": windows.numel(), "window": args.window, "text": text, "rows": rows}
+
+
+def unigram_loss(data: Path, targets: torch.Tensor) -> float:
+    """The loss of who knows how often each token comes in the training data, and no more."""
+    counts = torch.from_numpy(np.load(data / "train.npy").astype(int)).bincount(minlength=read_info(data).vocab_size)
+    return -float((counts + 1.0).div_(counts.sum() + len(counts)).log_()[targets].mean())
 
 
 def latency(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -176,55 +190,75 @@ class Lockstep(ParallelDecoder):
     forward = Decoder.forward  # type: ignore[assignment]
 
 
-def rank_rows(folder: Path, args: argparse.Namespace, ranks: ProcessRanks) -> list[dict[str, Any]]:
-    """Milliseconds of a decode step on two processes."""
+def ranks_part(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Two ranks of one thread, in turns with a process of one thread and of two, on the same two cores."""
+    context = torch.multiprocessing.get_context("spawn")
+    turns, answers = context.Barrier(3, timeout=300), context.SimpleQueue()
+    alone = context.Process(target=_alone, args=(folder, args, turns, answers), daemon=True)
+    alone.start()
+    start_ranks(2, _rank, folder, args, turns, answers)
+    alone.join()
+    return {"rows": [row for _, rows in sorted(answers.get() for _ in range(2)) for row in rows]}
+
+
+def _alone(folder: Path, args: argparse.Namespace, turns: Any, answers: Any) -> None:
+    models = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        models[threads] = load(folder)
+    rows = []
+    for batch in args.batch:
+        steps = {threads: Steps(model, (), batch) for threads, model in models.items()}
+
+        def seconds(steps: dict[int, Steps] = steps) -> list[float]:
+            found = []
+            for threads, model in steps.items():
+                torch.set_num_threads(threads)
+                found += map(sum, take_turns([model], 1))
+            return found
+
+        medians = _in_turns(seconds, turns, args.rounds, first=True)
+        for threads, value in zip(steps, medians, strict=True):
+            name = f"one process, {threads} {'thread' if threads == 1 else 'threads'}"
+            rows.append(timed(name, batch, ModelConfig.from_folder(folder), (), value))
+    answers.put((0, rows))
+
+
+def _rank(ranks: ProcessRanks, folder: Path, args: argparse.Namespace, turns: Any, answers: Any) -> None:
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[ranks.rank]})
     config = ModelConfig.from_folder(folder)
     options = [("layers split", (), 0)]
     options += [(f"groups of {n}, bypass {d}", groups_of(config, n, args.first), d) for n in SIZES for d in (0, 1)]
+    options = [option for option in options if option[1] or option[0] == "layers split"]
     models = [
         (Lockstep(folder, config, config.dtype, 1024, False, groups, bypass, ranks), groups)
         for _, groups, bypass in options
     ]
     rows = []
     for batch in args.batch:
-        times = take_turns([Steps(model, groups, batch) for model, groups in models], args.rounds)
-        for (name, groups, _), seconds in zip(options, times, strict=True):
-            rows.append(timed(name, batch, config, groups, sum(seconds)))
-    return rows
+        steps = [Steps(model, groups, batch) for model, groups in models]
+
+        def seconds(steps: list[Steps] = steps) -> list[float]:
+            return list(map(sum, take_turns(steps, 1)))
+
+        medians = _in_turns(seconds, turns, args.rounds, first=False)
+        for (name, groups, _), value in zip(options, medians, strict=True):
+            rows.append(timed(name, batch, config, groups, value))
+    if ranks.rank == 0:
+        answers.put((1, rows))
 
 
-def ranks_part(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Two ranks of one thread, beside one process of one thread and of two."""
-    rows = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        model = load(folder)
-        for batch in args.batch:
-            seconds = take_turns([Steps(model, (), batch)], args.rounds)[0]
-            rows.append({"name": f"one process, {threads} threads", "batch": batch, "ms": 1e3 * sum(seconds)})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    processes = [context.Process(target=_rank, args=(folder, args, rank, port, answers)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            raise SystemExit("a rank failed")
-    return {"rows": rows + answers.get()}
-
-
-def _rank(folder: Path, args: argparse.Namespace, rank: int, port: int, answers: Any) -> None:
-    torch.set_num_threads(1)
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
-    environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    rows = rank_rows(folder, args, ProcessRanks(2))
-    if rank == 0:
-        answers.put(rows)
+def _in_turns(seconds: Callable[[], list[float]], turns: Any, rounds: int, first: bool) -> list[float]:
+    """Call ``seconds`` in turns with other processes; return the medians of what it returns."""
+    found = []
+    for _ in range(rounds):
+        turns.wait()
+        if first:
+            found.append(seconds())
+        turns.wait()
+        if not first:
+            found.append(seconds())
+    return [median(values) for values in zip(*found, strict=True)]
 
 
 PARTS = {"quality": quality, "latency": latency, "ranks": ranks_part}
@@ -236,6 +270,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="demo, deep, or a checkpoint")
     parser.add_argument("--first", type=int, help="first layer that is grouped; default: after a third")
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--data", type=Path, help="made by kvbuffer train prepare: take its held-out part")
     parser.add_argument("--recovered", type=Path, nargs="*", default=[])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=512)
@@ -257,7 +292,7 @@ def main() -> None:
     for row in found["rows"]:
         print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{v}" for k, v in row.items() if k != "groups"))
     if args.out:
-        result = json.loads(args.out.read_text()) if args.out.exists() else {"model": args.model}
+        result = json.loads(args.out.read_text()) if args.out.exists() else {"model": Path(args.model).name}
         result.setdefault("machine", {"cores": len(os.sched_getaffinity(0)), **machine.versions("torch")})
         result[args.part] = found
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from kvbuffer.cli import app
 from kvbuffer.cqil.command import parse_groups
-from kvbuffer.cqil.costs import placed_costs
+from kvbuffer.cqil.costs import costs_on_ranks
 from kvbuffer.cqil.plan import CqilPlan
 from kvbuffer.cqil.planner import candidates, cheapest, choose, measure_candidates, sequences
 from kvbuffer.cqil.profile import profile_layers
@@ -20,7 +20,7 @@ from kvbuffer.cqil.text import Quality, TextModel
 from kvbuffer.errors import ConfigError
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.decoder import Decoder
-from tests.support.checkpoints import VOCAB_SIZE
+from tests.support.checkpoints import VOCAB_SIZE, make_checkpoint
 
 #: Groups that save half of their layers' time.
 SECONDS = {1: 1.0, 2: 1.0, 3: 1.5, 4: 2.0}
@@ -75,6 +75,18 @@ def test_the_budget_holds_and_more_of_it_buys_speed(text: TextModel) -> None:
     assert before == 4.0
 
 
+def test_a_model_of_one_type_of_layers(tmp_path: Path, words: Path) -> None:
+    types = ["full_attention"] * 6
+    folder = make_checkpoint(tmp_path, "qwen3_5", num_hidden_layers=6, layer_types=types)
+    options = ["--text", str(words), "--tokens", "64", "--window", "32", "--rounds", "2", "--budget", "1e9"]
+    arguments = ["cqil", "plan", str(folder), *options, "--out", str(tmp_path / "plan.json")]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    plan = CqilPlan.load(tmp_path / "plan.json")
+    plan.check(folder, ModelConfig.from_folder(folder))
+    assert "linear" not in result.output
+
+
 def test_no_groups_is_the_model_itself(text: TextModel) -> None:
     quality = text.quality(())
     assert quality.kl == 0.0
@@ -93,8 +105,11 @@ def test_profile(text: TextModel) -> None:
     assert profiles[0].delta == pytest.approx(float(((after - before).norm(dim=1) / before.norm(dim=1)).mean()), 1e-4)
 
 
-def test_layers_that_are_placed_cost_those_of_one_rank() -> None:
-    assert placed_costs([{1: 2.0, 2: 3.9, 3: 5.8}, {}], 2, 4) == [{1: 2.0, 2: 2.0, 4: 4.0}, {}]
+def test_costs_on_ranks() -> None:
+    """A layer by itself is split and summed twice, so is a group of three on two ranks; a group of two is placed."""
+    alone = [{1: 2.0, 2: 3.9, 3: 5.8}, {}]
+    assert costs_on_ranks(alone, 2, 0.25, 0) == [{1: 1.5, 2: 2.25, 3: pytest.approx(3.4)}, {}]
+    assert costs_on_ranks(alone, 2, 0.25, 1)[0][2] == 2.5
 
 
 def test_groups_on_the_command_line() -> None:
@@ -128,6 +143,7 @@ def test_commands(dense: Path, words: Path, tmp_path: Path) -> None:
     plan = CqilPlan.load(tmp_path / "plan.json")
     plan.check(dense, ModelConfig.from_folder(dense))
     assert plan.groups in (((4, 5),), ((5, 6),))
+    assert plan.bypass == 0  # with one, ranks would exchange more
     assert plan.measured["layers_ms"] < plan.measured["layers_ms_without"]
 
     run("plan", dense, "--groups", "0-2,4+6", "--out", tmp_path / "given.json")

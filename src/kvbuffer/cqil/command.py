@@ -26,7 +26,6 @@ Text = Annotated[Path, typer.Option(dir_okay=False, help="Text like that which t
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens of the text to use.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens that the model sees at a time.")]
 MaxGroup = Annotated[int, typer.Option(min=2, help="Most layers in a group.")]
-Bypass = Annotated[int, typer.Option(min=0, help="How many layers back each MLP of a group sees.")]
 AllLayers = Annotated[
     bool, typer.Option("--all-layers", help="Also consider the first third of the layers and the last one.")
 ]
@@ -39,7 +38,7 @@ def profile(
     tokens: Tokens = 2048,
     window: Window = 512,
     max_group: MaxGroup = 4,
-    bypass: Bypass = 1,
+    bypass: Annotated[int, typer.Option(min=0, help="How many layers back each MLP of a group sees.")] = 1,
     dtype: DtypeOption = Dtype.AUTO,
     threads: Threads = None,
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write everything to this JSON file.")] = None,
@@ -78,7 +77,10 @@ def plan(
     tokens: Tokens = 2048,
     window: Window = 512,
     max_group: MaxGroup = 4,
-    bypass: Bypass = 1,
+    bypass: Annotated[
+        int | None,
+        typer.Option(min=0, help="How many layers back each MLP of a group sees; default: chosen, 1 with --groups."),
+    ] = None,
     all_layers: AllLayers = False,
     batch: Annotated[int, typer.Option(min=1, help="Requests that decode together while layers are timed.")] = 1,
     ranks: Annotated[
@@ -92,7 +94,7 @@ def plan(
     from rich.console import Console
 
     from kvbuffer.cache.disk.identity import checkpoint_id
-    from kvbuffer.cqil.costs import group_costs, placed_costs
+    from kvbuffer.cqil.costs import costs_on_ranks, exchange_seconds, group_costs
     from kvbuffer.cqil.plan import CqilPlan
     from kvbuffer.cqil.planner import choose, measure_candidates, sequences
     from kvbuffer.models.config import ModelConfig
@@ -101,7 +103,7 @@ def plan(
     folder = resolve_model(model)
     config = ModelConfig.from_folder(folder)
     if groups is not None:
-        given = CqilPlan(checkpoint_id(folder), parse_groups(groups), bypass)
+        given = CqilPlan(checkpoint_id(folder), parse_groups(groups), 1 if bypass is None else bypass)
         given.check(folder, config)
         given.save(out)
         return
@@ -110,15 +112,17 @@ def plan(
     decoder, windows = _load(model, dtype, text, tokens, window, threads)
     with Console(stderr=True).status("timing layers") as status:
         layers = sequences(config, all_layers)
-        costs = group_costs(folder, decoder, layers, max_group, batch, rounds)
-        if ranks > 1:
-            costs = placed_costs(costs, ranks, max_group)
-        model_text = windows(decoder)
-        qualities = measure_candidates(model_text, layers, max_group, bypass, _reports(status.update))
-        status.update("choosing")
-        choice = choose(model_text, layers, costs, qualities, bypass, budget)
-        before = choose(model_text, layers, costs, {}, bypass, budget)
-    _show_choice(choice, before, costs)
+        alone = group_costs(folder, decoder, layers, max_group, batch, rounds)
+        exchange = exchange_seconds(ranks, batch * config.hidden_size, rounds) if ranks > 1 else 0.0
+        model_text, choices = windows(decoder), []
+        distances = range(max_group) if bypass is None else (bypass,)
+        costs = {d: costs_on_ranks(alone, ranks, exchange, d) if ranks > 1 else alone for d in distances}
+        for distance, seconds in costs.items():
+            qualities = measure_candidates(model_text, layers, max_group, distance, _reports(status.update))
+            choices.append(choose(model_text, layers, seconds, qualities, distance, budget))
+        choice = min(choices, key=lambda choice: (choice.seconds, choice.quality.kl))
+        before = choose(model_text, layers, costs[choice.bypass], {}, choice.bypass, budget)
+    _show_choice(choice, before, costs[choice.bypass])
     measured = {
         "budget": budget,
         **choice.quality._asdict(),
@@ -128,7 +132,7 @@ def plan(
         "batch": batch,
         "ranks": ranks,
     }
-    CqilPlan(checkpoint_id(folder), choice.groups, bypass, measured).save(out)
+    CqilPlan(checkpoint_id(folder), choice.groups, choice.bypass, measured).save(out)
 
 
 @cqil.command()
@@ -242,6 +246,7 @@ def _show_choice(choice: Choice, before: Choice, costs: Sequence[Mapping[int, fl
             sizes = ", ".join(f"{size}: {1e3 * value:.3f}" for size, value in sorted(seconds.items()))
             print(f"milliseconds of {kind} layers by size of the group: {sizes}")
     print(f"groups: {', '.join(map(_name, choice.groups)) or 'none, as none within the budget is faster'}")
+    print(f"bypass: {choice.bypass}")
     print(f"layers in a decode step: {1e3 * before.seconds:.3f} ms alone, {1e3 * choice.seconds:.3f} ms in groups")
     print(f"loss {before.quality.loss:.4f} -> {choice.quality.loss:.4f}, KL {choice.quality.kl:.4f} nats")
 

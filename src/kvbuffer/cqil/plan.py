@@ -108,7 +108,7 @@ class CqilPlan:
             raise ConfigError(f"groups in {path} must be lists of layer numbers, got {groups!r}")
         if not _all_int([bypass]):
             raise ConfigError(f"bypass in {path} must be an integer, got {bypass!r}")
-        return cls(str(content["model"]), tuple(map(tuple, groups)), bypass, dict(content.get("measured") or {}))
+        return cls(str(content["model"]), tuple(map(tuple, groups)), bypass, content.get("measured", {}))
 
 
 #: Every layer by itself.

@@ -17,6 +17,8 @@ from kvbuffer.models.config import ModelConfig
 
 Group = tuple[int, ...]
 
+#: Types of layers, in the order in which their sequences and costs are given.
+KINDS = ("linear_attention", "full_attention")
 #: Seconds per nat between which the price is sought, and how often the interval is halved (on a logarithmic scale).
 _PRICES = (1e-9, 1e6)
 _BISECTIONS = 24
@@ -27,11 +29,13 @@ class Choice(NamedTuple):
 
     Attributes:
         groups: of two layers or more.
+        bypass: D.
         seconds: of all layers in a decode step, by the costs.
         quality: measured over the text.
     """
 
     groups: tuple[Group, ...]
+    bypass: int
     seconds: float
     quality: Quality
 
@@ -46,7 +50,7 @@ def sequences(config: ModelConfig, everywhere: bool = False) -> list[list[int]]:
     """
     count = config.num_layers
     inner = range(count) if everywhere else range(math.ceil(count / 3), count - 1)
-    return [[i for i in inner if config.layer_types[i] == kind] for kind in ("linear_attention", "full_attention")]
+    return [[i for i in inner if config.layer_types[i] == kind] for kind in KINDS]
 
 
 def candidates(layers: Sequence[int], max_group: int) -> list[Group]:
@@ -65,7 +69,7 @@ def measure_candidates(
     found: dict[Group, Quality] = {}
     groups = [group for sequence in layers for group in candidates(sequence, max_group)]
     for number, group in enumerate(groups, 1):
-        progress(f"group {number} of {len(groups)}")
+        progress(f"group {number} of {len(groups)}, bypass {bypass}")
         found[group] = text.quality((group,), bypass)
     return found
 
@@ -107,25 +111,22 @@ def choose(
     Args:
         text: to measure on.
         layers: sequences of layers that may be grouped, one per type.
-        seconds: for each type, the cost of a group by its size; 1 for a layer alone.
+        seconds: for each type, the cost of a group by its size; 1 for a layer alone; nothing where the model has none.
         qualities: of the candidate groups.
         bypass: D.
         budget: nats per token.
     """
-    config = text.model.config
-    alone = {"linear_attention": seconds[0][1], "full_attention": seconds[1][1]}
+    costs = dict(zip(KINDS, seconds, strict=True))
+    types = text.model.config.layer_types
+    before = sum(costs[kind][1] for kind in types)
 
     def choice_at(price: float) -> Choice:
         cuts = [cheapest(*of, qualities, price) for of in zip(layers, seconds, strict=True)]
-        total = sum(alone[kind] for kind in config.layer_types)
-        for groups, costs in zip(cuts, seconds, strict=True):
-            total += sum(costs[len(group)] - len(group) * costs[1] for group in groups)
         groups = tuple(sorted(group for cut in cuts for group in cut))
-        if groups not in measured:
-            measured[groups] = text.quality(groups, bypass)
-        return Choice(groups, total, measured[groups])
+        of_types = [(costs[types[group[0]]], len(group)) for group in groups]
+        saved = sum(size * cost[1] - cost[size] for cost, size in of_types)
+        return Choice(groups, bypass, before - saved, text.quality(groups, bypass))
 
-    measured: dict[tuple[Group, ...], Quality] = {}
     fastest = choice_at(0.0)
     if fastest.quality.kl <= budget:
         return fastest

@@ -83,6 +83,7 @@ class TextModel:
         self._caches = allocate(model.config.cache_shape, plan)
         self._inputs = batch_of(token_ids, 0, plan)
         self._own = self.hidden()
+        self._found: dict[tuple[tuple[tuple[int, ...], ...], int], Quality] = {}
 
     @torch.inference_mode()
     def hidden(
@@ -118,10 +119,12 @@ class TextModel:
             observe(model.config.num_layers, residual)
         return hidden
 
-    @torch.inference_mode()
     def quality(self, groups: Sequence[tuple[int, ...]], bypass: int = 0) -> Quality:
-        """Return what a grouping does to the text's loss and to the model's distributions."""
-        return self.compare(self.hidden(groups, bypass) if groups else self._own)
+        """Return what a grouping does to the text's loss and to the model's distributions; measured once."""
+        reach = min(bypass, max(map(len, groups), default=1) - 1)
+        if (key := (tuple(groups), reach)) not in self._found:
+            self._found[key] = self.compare(self.hidden(groups, reach) if groups else self._own)
+        return self._found[key]
 
     @torch.inference_mode()
     def compare(self, hidden: Tensor) -> Quality:

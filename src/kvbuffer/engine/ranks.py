@@ -12,12 +12,14 @@ import logging
 import os
 import pickle
 import signal
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from kvbuffer.cache.plan import MemoryPlan
 from kvbuffer.cache.store import AttentionCache, LinearCache
@@ -93,6 +95,26 @@ class ProcessRanks:
         if self.rank == 0:
             self.send(None)
         dist.destroy_process_group()
+
+
+def start_ranks(size: int, target: Callable[..., None], *arguments: Any) -> None:
+    """Run ``target(ranks, *arguments)`` in as many new processes on this machine, of one thread each, until all end.
+
+    Raises:
+        ProcessException: one has failed, and the others were ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(_start, (size, port, target, arguments), size)
+
+
+def _start(rank: int, size: int, port: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    environment = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    target(ProcessRanks(size), *arguments)
+    dist.destroy_process_group()
 
 
 class _Pickler(pickle.Pickler):

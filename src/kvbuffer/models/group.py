@@ -254,7 +254,7 @@ def read_group(
     Args:
         reader: the checkpoint.
         layers: what precedes a layer's number in it, with the final dot.
-        indices: at least two layers of one type.
+        indices: layers of one type.
         config: the model.
         in_proj: reads a linear-attention layer's input projection, as the architecture's layout has it.
         rotary: the model's.
