@@ -15,8 +15,8 @@ Quality is loss, divergence and agreement, and as a task the share of tokens of 
 predicts. ``--recovered`` adds checkpoints that ``kvbuffer cqil recover`` made of the model.
 
 Models: a checkpoint, or ``deep``: a Qwen3.5 hybrid of 24 layers and 250 million random weights, for latency only.
-The text is the docstrings of NumPy, prose of the kind that the demo model was trained on, unless there is another:
-``--text``, or ``--data`` for a model that was trained on this data.
+The text is the held-out part of what the model was trained on (``--data``), of which what it learned counts; or
+``--text``, or the docstrings of NumPy.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from kvbuffer.bench import machine
 from kvbuffer.cache.shapes import run_order
@@ -105,27 +106,33 @@ def load(folder: Path, variant: dict[str, Any] | None = None, max_len: int = 102
     return model
 
 
-def numpy_docstrings() -> str:
-    """A text that is the same wherever the same version of NumPy is."""
+def numpy_docstrings() -> tuple[str, str]:
+    """A text that is the same wherever the same version of NumPy is, and what to call it."""
     objects = (getattr(np, name) for name in sorted(dir(np)) if not name.startswith("_"))
-    return "\n\n".join(filter(None, (inspect.getdoc(one) for one in objects if callable(one))))
+    docstrings = (inspect.getdoc(one) for one in objects if callable(one))
+    return "\n\n".join(filter(None, docstrings)), f"docstrings of NumPy {np.__version__}"
 
 
 def quality(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Loss, divergence and agreement of every variant."""
     if args.data:
-        ids, text = np.load(args.data / "held_out.npy").astype(int).tolist(), "held-out part of the data"
-    elif args.text:
-        ids, text = Tokenizer(folder).encode(args.text.read_text()), args.text.name
+        ids, learned = (np.load(args.data / f"held_out{kind}.npy").astype(int) for kind in ("", ".learned"))
+        text = "held-out part of the data"
     else:
-        ids, text = Tokenizer(folder).encode(numpy_docstrings()), f"NumPy {np.__version__}"
-    skip = max(0, len(ids) - args.tokens) // 2
-    windows = torch.tensor(ids[skip : skip + args.tokens // args.window * args.window]).view(-1, args.window)
+        chosen, text = (args.text.read_text(), args.text.name) if args.text else numpy_docstrings()
+        ids = np.array(Tokenizer(folder).encode(chosen))
+        learned = np.ones_like(ids)
+    count = min(args.tokens, len(ids)) // args.window
+    skip = (len(ids) - count * args.window) // 2
+    windows, counts = (
+        torch.from_numpy(of[skip : skip + count * args.window]).view(count, args.window) for of in (ids, learned)
+    )
     model = load(folder, max_len=args.window)
     own, rows = TextModel(model, windows), []
+    own.targets[F.pad(counts[:, 1:], (0, 1)).flatten() == 0] = -1
     rows.append({"name": "as it is", **own.quality(())._asdict()})
     if args.data:
-        rows.append({"name": "unigrams", "loss": unigram_loss(args.data, windows[:, 1:])})
+        rows.append({"name": "unigrams", "loss": unigram_loss(args.data, own.targets[own.targets >= 0])})
 
     def hidden(of: Decoder, groups: Groups, kept: list[int] | None = None) -> torch.Tensor:
         plan = memory_for(of, *windows.shape)
@@ -152,12 +159,14 @@ def quality(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         variant = {"name": name, "groups": plan.groups, "bypass": plan.bypass}
         of = load(recovered, variant, args.window)
         rows.append({**variant, **own.compare(hidden(of, plan.groups))._asdict()})
-    return {"tokens": windows.numel(), "window": args.window, "text": text, "rows": rows}
+    counted = int((own.targets >= 0).sum())
+    return {"tokens": windows.numel(), "predicted": counted, "window": args.window, "text": text, "rows": rows}
 
 
 def unigram_loss(data: Path, targets: torch.Tensor) -> float:
     """The loss of who knows how often each token comes in the training data, and no more."""
-    counts = torch.from_numpy(np.load(data / "train.npy").astype(int)).bincount(minlength=read_info(data).vocab_size)
+    tokens, learned = (np.load(data / f"train{kind}.npy") for kind in ("", ".learned"))
+    counts = torch.from_numpy(tokens[learned].astype(int)).bincount(minlength=read_info(data).vocab_size)
     return -float((counts + 1.0).div_(counts.sum() + len(counts)).log_()[targets].mean())
 
 

@@ -75,10 +75,15 @@ class TextModel:
     Args:
         model: without groups.
         token_ids: [B, T] int64, B windows of the text.
+
+    Attributes:
+        model: as given.
+        targets: [B * T] int64, what comes after each token and counts for loss and accuracy; -1 for nothing.
     """
 
     def __init__(self, model: Decoder, token_ids: Tensor) -> None:
-        self.model, self.token_ids = model, token_ids
+        self.model = model
+        self.targets = F.pad(token_ids[:, 1:], (0, 1), value=-1).flatten()
         plan = memory_for(model, *token_ids.shape)
         self._caches = allocate(model.config.cache_shape, plan)
         self._inputs = batch_of(token_ids, 0, plan)
@@ -129,10 +134,9 @@ class TextModel:
     @torch.inference_mode()
     def compare(self, hidden: Tensor) -> Quality:
         """Return the quality of hidden states [B * T, hidden] after the final norm, wherever they come from."""
-        targets = F.pad(self.token_ids[:, 1:], (0, 1), value=-1).flatten()
         tally = Tally()
-        for rows in torch.arange(len(targets)).split(_ROWS):
-            tally.add(self.model.lm_head(self._own[rows]), self.model.lm_head(hidden[rows]), targets[rows])
+        for rows in torch.arange(len(hidden)).split(_ROWS):
+            tally.add(self.model.lm_head(self._own[rows]), self.model.lm_head(hidden[rows]), self.targets[rows])
         return tally.quality()
 
 
