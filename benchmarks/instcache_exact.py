@@ -20,7 +20,7 @@ from kvbuffer.instcache.instructions import InstructionFile
 from kvbuffer.instcache.predictor import Predictor
 from kvbuffer.instcache.training import FitOptions
 
-SIGMA, MAX_TOKENS, SAMPLES = 12.0, 32, 10_000
+SIGMA, MAX_TOKENS, SAMPLES = 12.0, 32, 10_400  # of which over 10,000 are within sigma
 _LOG_SIZE, _OPTIONS = 5_000, FitOptions("demo", max_tokens=MAX_TOKENS, epochs=1.0, batch_size=16)
 _BATCH = 64
 

@@ -22,7 +22,7 @@ from kvbuffer.instcache.fill import Filler
 from kvbuffer.instcache.identity import Identity
 from peers import VLLM, HttpSystem, KVBuffer
 
-CONCURRENCY, ROUNDS = 8, 3
+CONCURRENCY, ROUNDS, MAX_TOKENS = 8, 3, 64
 
 
 class WithStore(KVBuffer):
@@ -55,9 +55,9 @@ class Proxy(HttpSystem):
         ]
 
 
-def drive(server: HttpSystem, texts: Sequence[str], max_tokens: int) -> dict[str, float]:
+def drive(server: HttpSystem, texts: Sequence[str]) -> dict[str, float]:
     """Ask a server, and time it."""
-    fields = {"model": "bench", "temperature": 0, "max_tokens": max_tokens, "stream": True}
+    fields = {"model": "bench", "temperature": 0, "max_tokens": MAX_TOKENS, "stream": True}
     fields |= {"stream_options": {"include_usage": True}}
     bodies = [{"messages": [{"role": "user", "content": text}], **fields} for text in texts]
     done = complete(server.port, bodies, "/v1/chat/completions", concurrency=CONCURRENCY)
@@ -69,25 +69,25 @@ def drive(server: HttpSystem, texts: Sequence[str], max_tokens: int) -> dict[str
 
 
 def fill_stores(
-    model: str, folder: Path, num_requests: int, max_tokens: int, hit_rates: Sequence[float]
+    model: str, folder: Path, num_requests: int, hit_rates: Sequence[float]
 ) -> tuple[list[str], list[Path]]:
     """Return what will be asked, and a store for each hit rate."""
     path = checkpoint(model)
     engine = Engine.from_config(EngineConfig(str(path), memory=1 << 29, max_queue_len=None))
     texts = list(dict.fromkeys(SKEWED.sample(20_000, 5)))[:num_requests]
-    filler = Filler(engine, Identity.of(path, engine.tokenizer), model, max_tokens=max_tokens)
+    filler = Filler(engine, Identity.of(path, engine.tokenizer), model, max_tokens=MAX_TOKENS)
     stores = [folder / f"{model}-{rate:g}" for rate in hit_rates]
     for rate, store in zip(hit_rates, stores, strict=True):
         filler.fill(store, texts[: round(rate * num_requests)])
     return texts, stores
 
 
-def in_turns(servers: Sequence[HttpSystem], texts: Sequence[str], max_tokens: int) -> dict[str, Any]:
+def in_turns(servers: Sequence[HttpSystem], texts: Sequence[str]) -> dict[str, Any]:
     """Compare servers with the first of them, which has no store."""
     rng, rounds = np.random.default_rng(0), []
     for number in range(ROUNDS + 1):
         asked = rng.permutation(texts).tolist()[: 4 * CONCURRENCY if number == 0 else None]
-        rounds.append([drive(server, asked, max_tokens) for server in servers])
+        rounds.append([drive(server, asked) for server in servers])
     del rounds[0]  # it warmed up
     summary = []
     for i in range(1, len(servers)):
@@ -98,17 +98,17 @@ def in_turns(servers: Sequence[HttpSystem], texts: Sequence[str], max_tokens: in
         summary.append(
             {"hit_rate": hit_rate, "ideal": 1 / (1 - hit_rate), "speed_up": speed_up, "time_per_token": 1 / time}
         )
-    return {"concurrency": CONCURRENCY, "max_tokens": max_tokens, "rounds": rounds, "summary": summary}
+    return {"concurrency": CONCURRENCY, "max_tokens": MAX_TOKENS, "rounds": rounds, "summary": summary}
 
 
 def measure_serving(folder: Path) -> dict[str, Any]:
     """The demo model behind our own server."""
-    texts, stores = fill_stores("demo", folder, 320, 24, (0.5, 0.8))
+    texts, stores = fill_stores("demo", folder, 320, (0.5, 0.8))
     servers = [WithStore("demo", store) for store in (None, *stores)]
     try:
         for server in servers:
             server.start()
-        return in_turns(servers, texts, 24)
+        return in_turns(servers, texts)
     finally:
         for server in servers:
             server.stop()
@@ -116,13 +116,13 @@ def measure_serving(folder: Path) -> dict[str, Any]:
 
 def measure_proxy(folder: Path) -> dict[str, Any]:
     """The proxy in front of vLLM, with a model of 213 million random weights."""
-    texts, [store] = fill_stores("dense", folder, 64, 64, (0.5,))
+    texts, [store] = fill_stores("dense", folder, 64, (0.5,))
     behind = VLLM("vllm", "dense", CONCURRENCY)
     servers = [behind, Proxy(behind, store)]
     try:
         for server in servers:
             server.start()
-        return {"vllm": behind.version(), **in_turns(servers, texts, 64)}
+        return {"vllm": behind.version(), **in_turns(servers, texts)}
     finally:
         for server in servers[::-1]:
             server.stop()

@@ -6,8 +6,10 @@ import dataclasses
 import math
 import numbers
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from kvbuffer.engine.structured_outputs import StructuredOutputsParams
 from kvbuffer.errors import InvalidRequestError
@@ -79,31 +81,14 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
-        self._set("n", _integer("n", self.n, 1, MAX_CHOICES))
-        self._set("temperature", _number("temperature", self.temperature, 0.0))
-        self._set("top_p", _number("top_p", self.top_p, 0.0, 1.0, above_low=True))
-        self._set("top_k", max(0, _integer("top_k", self.top_k, -1, _MAX_COUNT)))
-        self._set("min_p", _number("min_p", self.min_p, 0.0, 1.0))
-        self._set("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.0, above_low=True))
-        self._set("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
-        self._set("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
-        if self.seed is not None:
-            self._set("seed", _integer("seed", self.seed, _MIN_SEED, _MAX_SEED))
-        self._set("logit_bias", _logit_bias(self.logit_bias))
-        for name in ("logprobs", "prompt_logprobs"):
-            if (count := getattr(self, name)) is not None:
-                self._set(name, _integer(name, count, 0, MAX_LOGPROBS))
-        self._set("stop", _stop_strings(self.stop))
-        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
-            _boolean(name, getattr(self, name))
+        for name, check in _CHECKS.items():
+            if (value := getattr(self, name)) is not _DEFAULTS[name]:  # as most are
+                self._set(name, check(name, value))
         if self.max_tokens is not None:
             least = 1 if self.prompt_logprobs is None else 0
             self._set("max_tokens", _integer("max_tokens", self.max_tokens, least, _MAX_COUNT))
         most = _MAX_COUNT if self.max_tokens is None else self.max_tokens
         self._set("min_tokens", _integer("min_tokens", self.min_tokens, 0, most, high_name="max_tokens"))
-        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
-            raise _invalid("structured_outputs", "StructuredOutputsParams", self.structured_outputs)
         if self.structured_outputs is not None and self.min_tokens:
             raise _invalid("min_tokens", "0 with structured outputs, whose form says when they end", self.min_tokens)
 
@@ -165,18 +150,29 @@ def _number(
     return number
 
 
-def _boolean(name: str, value: object) -> None:
+def _top_k(name: str, value: object) -> int:
+    return max(0, _integer(name, value, -1, _MAX_COUNT))
+
+
+def _boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise _invalid(name, "true or false", value)
+    return value
 
 
-def _stop_strings(value: object) -> tuple[str, ...]:
+def _structure(name: str, value: object) -> StructuredOutputsParams:
+    if not isinstance(value, StructuredOutputsParams):
+        raise _invalid(name, "StructuredOutputsParams", value)
+    return value
+
+
+def _stop_strings(name: str, value: object) -> tuple[str, ...]:
     allowed = f"a string or at most {MAX_STOP_STRINGS} strings, none empty"
     strings = (value,) if isinstance(value, str) else () if value is None else value
     if not isinstance(strings, Sequence) or isinstance(strings, bytes) or len(strings) > MAX_STOP_STRINGS:
-        raise _invalid("stop", allowed, value)
+        raise _invalid(name, allowed, value)
     if not all(isinstance(string, str) and string for string in strings):
-        raise _invalid("stop", allowed, value)
+        raise _invalid(name, allowed, value)
     return tuple(strings)
 
 
@@ -188,14 +184,34 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
     return tuple(_integer(name, token_id, 0, _MAX_COUNT, item="token id") for token_id in value)
 
 
-def _logit_bias(value: object) -> dict[int, float] | None:
-    if value is None:
-        return None
+def _logit_bias(name: str, value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise _invalid("logit_bias", "a mapping from token ids to numbers", value)
+        raise _invalid(name, "a mapping from token ids to numbers", value)
     return {
-        _integer("logit_bias", token_id, 0, _MAX_COUNT, item="token id"): _number(
-            "logit_bias", bias, -100.0, 100.0, item="value"
-        )
+        _integer(name, token_id, 0, _MAX_COUNT, item="token id"): _number(name, bias, -100.0, 100.0, item="value")
         for token_id, bias in value.items()
     }
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+#: What each field that depends on no other must be; its default is.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "n": partial(_integer, low=1, high=MAX_CHOICES),
+    "temperature": partial(_number, low=0.0),
+    "top_p": partial(_number, low=0.0, high=1.0, above_low=True),
+    "top_k": _top_k,
+    "min_p": partial(_number, low=0.0, high=1.0),
+    "repetition_penalty": partial(_number, low=0.0, above_low=True),
+    "presence_penalty": partial(_number, low=-2.0, high=2.0),
+    "frequency_penalty": partial(_number, low=-2.0, high=2.0),
+    "seed": partial(_integer, low=_MIN_SEED, high=_MAX_SEED),
+    "logit_bias": _logit_bias,
+    "logprobs": partial(_integer, low=0, high=MAX_LOGPROBS),
+    "prompt_logprobs": partial(_integer, low=0, high=MAX_LOGPROBS),
+    "stop": _stop_strings,
+    "stop_token_ids": _token_ids,
+    "include_stop_str_in_output": _boolean,
+    "ignore_eos": _boolean,
+    "skip_special_tokens": _boolean,
+    "structured_outputs": _structure,
+}
