@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -72,3 +73,4 @@ def serve_engine() -> Iterator[Callable[..., str]]:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+    gc.unfreeze()

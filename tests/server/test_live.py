@@ -54,6 +54,14 @@ def test_the_openai_client_chats(engine: FakeEngine, serve_engine: ServeEngine) 
         assert again.choices[0].finish_reason == "stop"
 
 
+def test_what_is_loaded_at_the_start_is_left_out_of_garbage_collections(
+    engine: FakeEngine, serve_engine: ServeEngine
+) -> None:
+    gc.unfreeze()
+    serve_engine(engine)
+    assert gc.get_freeze_count() > 10_000
+
+
 def test_the_openai_client_streams(engine: FakeEngine, serve_engine: ServeEngine) -> None:
     with openai_client(serve_engine(engine)) as client:
         events = list(

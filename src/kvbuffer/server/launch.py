@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import resource
 import signal
 import socket
@@ -92,6 +93,9 @@ class Server(uvicorn.Server):
         """Start, then say so."""
         await super().startup(sockets)
         if self.started:
+            # What has been loaded stays. To look at it in a full collection takes 0.1 s, in which no request goes on.
+            gc.collect()
+            gc.freeze()
             self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
