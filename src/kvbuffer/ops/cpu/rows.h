@@ -49,12 +49,11 @@ static inline void multiply(float* x, const float* by, int64_t n) {
 
 // Column blocks that a row of V elements is worked on in: f(first column, number of vectors as a constant).
 constexpr int kBlockVecs = kLanes == 16 ? 8 : 4;
-template <class F>
+template <int kMost = kBlockVecs, class F>
 inline void for_column_blocks(int64_t V, F&& f) {
   int64_t c = 0;
-  for (; c + kBlockVecs * kLanes <= V; c += kBlockVecs * kLanes) f(c, std::integral_constant<int, kBlockVecs>());
-  for (; c + kBlockVecs / 2 * kLanes <= V; c += kBlockVecs / 2 * kLanes)
-    f(c, std::integral_constant<int, kBlockVecs / 2>());
+  for (; c + kMost * kLanes <= V; c += kMost * kLanes) f(c, std::integral_constant<int, kMost>());
+  for (; c + kMost / 2 * kLanes <= V; c += kMost / 2 * kLanes) f(c, std::integral_constant<int, kMost / 2>());
   for (; c < V; c += kLanes) f(c, std::integral_constant<int, 1>());
 }
 

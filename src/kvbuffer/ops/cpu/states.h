@@ -137,8 +137,12 @@ inline void copy_state(const State<S>& from, int64_t K, int64_t V, const State<S
   if constexpr (State<S>::kQuantised) std::copy_n(from.scales, K, to.scales);
 }
 
-// Rows of a state that are folded together: each row of values is loaded once for all of them.
-constexpr int kFoldRows = 2;
+// Rows of a state that are folded together, each row of values being loaded once for all of them, and columns at a time:
+// as many sums as fit in the registers, and all of an int8 row, whose largest element counts.
+template <class S>
+constexpr int kFoldRows = State<S>::kQuantised ? 2 : 4;
+template <class S>
+constexpr int kFoldVecs = State<S>::kQuantised ? kBlockVecs : kBlockVecs / 2;
 // Rows of an int8 state that are rounded together, so that one's scale is not waited for.
 constexpr int kRoundRows = 8;
 
@@ -148,7 +152,7 @@ inline __attribute__((always_inline)) void fold_rows(State<S> state, int64_t r, 
                       const float* weighted_keys, const float* values, int64_t n, float* to) {
   const int64_t stride = padded(K);
   S* elements = state.data + r * V;
-  for_column_blocks(V, [=](int64_t c, auto vectors) {
+  for_column_blocks<kFoldVecs<S>>(V, [=](int64_t c, auto vectors) {
     constexpr int NV = decltype(vectors)::value;
     Vec x[R][NV];
 #pragma GCC unroll 4
@@ -203,9 +207,9 @@ KVB_SINGLE_COPY void fold_state(const State<S>& state, int64_t K, int64_t V, con
   for (int64_t first = 0; first < K; first += kRoundRows) {
     const int64_t last = std::min(first + kRoundRows, K);
     int64_t r = first;
-    for (; r + kFoldRows <= last; r += kFoldRows) {
-      for (int a = 0; a < kFoldRows; ++a) ahead.step();
-      fold_rows<kFoldRows>(state, r, K, V, decay, weighted_keys, values, n, rows + (r - first) * V);
+    for (; r + kFoldRows<S> <= last; r += kFoldRows<S>) {
+      for (int a = 0; a < kFoldRows<S>; ++a) ahead.step();
+      fold_rows<kFoldRows<S>>(state, r, K, V, decay, weighted_keys, values, n, rows + (r - first) * V);
     }
     for (; r < last; ++r) fold_rows<1>(state, r, K, V, decay, weighted_keys, values, n, rows + (r - first) * V);
     if constexpr (State<S>::kQuantised)

@@ -49,26 +49,42 @@ inline void token_reads(const Tokens::Head& token, const Shape& shape, const flo
   }
 }
 
+// What a token's query reads of what the token itself writes.
+struct OwnScores {
+  float removal, key;
+};
+static inline OwnScores own_scores(const Tokens::Head& token, const Shape& shape) {
+  return {token.removal_write ? dot(token.removal_write, token.q, shape.K) : 0.f, dot(token.k, token.q, shape.K)};
+}
+
+// What a token writes to kLanes columns, and its output there: u under its own key, and what a removal takes out.
+struct Written {
+  Vec u, removed, output;
+};
+// Of columns c to c + kLanes, given the answers to what it read with.
+template <int NX>
+inline Written written(const Tokens::Head& token, const OwnScores& own, int64_t c, const Vec (&answers)[NX]) {
+  const Vec v = load(token.v + c);
+  if (token.removal_write) {
+    const Vec removed = -answers[0];
+    return {v, removed, answers[NX - 1] + own.removal * removed + own.key * v};
+  }
+  const Vec u = token.beta ? *token.beta * (v - answers[0]) : v;
+  return {u, Vec{}, answers[NX - 1] + own.key * u};
+}
+
 // The token's written values u [pairs, V] and its output [V], given the answers [V] to what it read with.
 template <int NX>
 inline void token_write(const Tokens::Head& token, const Shape& shape, const float* const (&answers)[NX], float* u,
                         float* out) {
-  const float kq = dot(token.k, token.q, shape.K);
-  if (token.removal_write) {
-    const float wq = dot(token.removal_write, token.q, shape.K);
-    for (int64_t c = 0; c < shape.V; c += kLanes) {
-      const Vec removed = -load(answers[0] + c), v = load(token.v + c);
-      store(u + c, removed);
-      store(u + shape.V + c, v);
-      store(out + c, load(answers[NX - 1] + c) + wq * removed + kq * v);
-    }
-  } else {
-    for (int64_t c = 0; c < shape.V; c += kLanes) {
-      Vec v = load(token.v + c);
-      if (token.beta) v = *token.beta * (v - load(answers[0] + c));
-      store(u + c, v);
-      store(out + c, load(answers[NX - 1] + c) + kq * v);
-    }
+  const OwnScores own = own_scores(token, shape);
+  for (int64_t c = 0; c < shape.V; c += kLanes) {
+    Vec columns[NX];
+    for (int i = 0; i < NX; ++i) columns[i] = load(answers[i] + c);
+    const Written write = written(token, own, c, columns);
+    store(out + c, write.output);
+    store(u + (shape.pairs - 1) * shape.V + c, write.u);
+    if (shape.pairs > 1) store(u + c, write.removed);
   }
 }
 
@@ -89,16 +105,22 @@ inline void append_keys(const Records<E>& records, int64_t i, const Tokens::Head
   });
 }
 
+// Writes the token's decays as record i.
+template <class E>
+inline void append_decay(const Records<E>& records, int64_t i, const Tokens::Head& token) {
+  if (token.g)
+    std::copy_n(token.g, records.shape.decay_width, records.decays(i));
+  else
+    *records.decays(i) = 0.f;
+}
+
 // Writes the token's u [pairs, V] and decays as record i, rounded.
 template <class E>
 inline void append_values(const Records<E>& records, int64_t i, const Tokens::Head& token, const float* u) {
   const Shape& shape = records.shape;
   E* values = records.values(i);
   for (int64_t c = 0; c < shape.pairs * shape.V; c += kLanes) store(values + c, load(u + c));
-  if (token.g)
-    std::copy_n(token.g, shape.decay_width, records.decays(i));
-  else
-    *records.decays(i) = 0.f;
+  append_decay(records, i, token);
 }
 
 }  // namespace kvb

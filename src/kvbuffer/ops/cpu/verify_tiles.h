@@ -25,6 +25,7 @@ struct Vectors {
   int64_t piece() const { return count * kLanes; }
   // Elements r to r + kLanes of vector i, r being a multiple of kLanes.
   float* at(int64_t i, int64_t r) const { return data + r * count + i * kLanes; }
+  float* element(int64_t i, int64_t r) const { return at(i, r / kLanes * kLanes) + r % kLanes; }
 };
 
 // Calls f(first, size as a constant) for groups of nearly equal sizes <= kMax that make up 0 to n - 1.
@@ -44,7 +45,7 @@ inline void for_groups(int64_t n, F&& f) {
   }
 }
 
-// out[i, :] += sum over r < n of x[i][r] * rows[r, :] for NX vectors and NV vectors of columns, a step ahead with each
+// out[i, :] = sum over r < n of x[i][r] * rows[r, :] for NX vectors and NV vectors of columns, a step ahead with each
 // row. The sums stay in registers from the first row to the last, so that rows are read once and may lie in the L2 cache.
 template <int NX, int NV, class S>
 void product_tile(const S* rows, int64_t n, int64_t V, const float* x, int64_t piece, float* out, Ahead& ahead) {
@@ -73,10 +74,7 @@ void product_tile(const S* rows, int64_t n, int64_t V, const float* x, int64_t p
 #pragma GCC unroll 4
       for (int j = 0; j < NV; j += 2) in_order<S>(sums[i][j], sums[i][j + 1]);
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) {
-      float* to = out + i * V + j * kLanes;
-      store(to, load(to) + sums[i][j]);
-    }
+    for (int j = 0; j < NV; ++j) store(out + i * V + j * kLanes, sums[i][j]);
   }
 }
 
@@ -84,14 +82,13 @@ void product_tile(const S* rows, int64_t n, int64_t V, const float* x, int64_t p
 constexpr int kTileVectors = kTileSums / 2;
 constexpr int tile_columns(int NX) { return kTileSums / NX >= 8 ? 8 : kTileSums / NX >= 4 ? 4 : 2; }
 
-// out[i, :] += sum over r < n of x[i][r] * rows[r, :] for vectors begin to end - 1; rows [n, V], out [end - begin, V].
+// out[i, :] = sum over r < n of x[i][r] * rows[r, :] for all vectors; rows [n, V], out [x.count, V].
 template <class S>
-void add_all_products(const S* rows, int64_t n, int64_t V, const Vectors& x, int64_t begin, int64_t end, float* out,
-                      Ahead& ahead) {
-  for_groups<kTileVectors>(end - begin, [&](int64_t i, auto vectors) {
+void all_products(const S* rows, int64_t n, int64_t V, const Vectors& x, float* out, Ahead& ahead) {
+  for_groups<kTileVectors>(x.count, [&](int64_t i, auto vectors) {
     constexpr int NX = decltype(vectors)::value, NV = tile_columns(NX);
     auto tile = [&](int64_t c, auto columns) {
-      product_tile<NX, decltype(columns)::value>(rows + c, n, V, x.at(begin + i, 0), x.piece(), out + i * V + c, ahead);
+      product_tile<NX, decltype(columns)::value>(rows + c, n, V, x.at(i, 0), x.piece(), out + i * V + c, ahead);
     };
     int64_t c = 0;
     for (; c + NV * kLanes <= V; c += NV * kLanes) tile(c, std::integral_constant<int, NV>());
@@ -109,9 +106,9 @@ int64_t product_steps(int64_t n, int64_t V, int64_t count) {
   return steps;
 }
 
-// out[i, :] += the vectors' products with a state [K, V], as add_all_products. The vectors have the rows' scales in them.
+// out[i, :] = the vectors' products with a state [K, V]. The vectors have the rows' scales in them.
 template <class S>
-void add_all_state_products(const State<S>& state, int64_t K, int64_t V, const Vectors& x, float* out, Ahead& ahead) {
+void all_state_products(const State<S>& state, int64_t K, int64_t V, const Vectors& x, float* out, Ahead& ahead) {
 #if defined(KVB_INT8_PRODUCTS)
   if constexpr (State<S>::kQuantised)
     if (V % kIntegerColumns == 0 && K <= kIntegerRows)
@@ -121,12 +118,12 @@ void add_all_state_products(const State<S>& state, int64_t K, int64_t V, const V
         float units[NX], *to[NX];
         for (int i = 0; i < NX; ++i) {
           units[i] = quantise_pairs(x.at(first + i, 0), x.piece(), K, pairs[i]);
-          to[i] = out + (first + i) * V;
+          to[i] = std::fill_n(out + (first + i) * V, V, 0.f) - V;
         }
         add_integer_products<NX>(state.data, K, V, *pairs, units, to, ahead);
       });
 #endif
-  add_all_products(state.data, K, V, x, 0, x.count, out, ahead);
+  all_products(state.data, K, V, x, out, ahead);
 }
 
 // Of NX vectors and NY keys, the scores; those of further keys, up to kScoreKeys, become 0.
@@ -154,7 +151,7 @@ void score_tile(const Vectors& x, int64_t first, const float* keys, int64_t K, c
   });
   float lanes[kLanes];
   store(lanes, all);
-  float* out = scores.at(first, column / kLanes * kLanes) + column % kLanes;
+  float* out = scores.element(first, column);
   for (int i = 0; i < NX; ++i) std::copy_n(lanes + i * kScoreKeys, kScoreKeys, out + i * kLanes);
 }
 
