@@ -2,12 +2,13 @@
 
     python benchmarks/speculative.py --out benchmarks/results/speculative.json     # on a quiet machine
 
-The engine is compared with itself, in one process, rounds with and without drafts in turn, on the dense
+The engine is compared with itself, in one process, steps with and without drafts in turn, on the dense
 benchmark checkpoint. Its weights are random, so what it says is laid down: every token is sampled as usual, and then
 replaced by the next one of a given text. The drafters see real texts that way, and do or do not find what is repeated
 in them: code with a name replaced, summaries that quote, prose. An oracle, whose guesses are right with a given
-probability each, stands for drafters of any quality. Timed is decoding alone, from when all prompts have been computed
-until the first request ends, so that all steps have the same number of requests.
+probability each, stands for drafters of any quality; with no drafter at all, the same engine shows what is noise.
+Timed is decoding alone, from when all prompts have been computed until the first request ends, so that all steps have
+the same number of requests.
 
 Capacity is that of capacity.py with four drafts in every step, against five float32 states and convolution states per
 request. Verification of eight drafts, folds included, is timed against nine steps of the recurrence, which is what a
@@ -39,7 +40,9 @@ from kvbuffer.engine import output
 from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.request import Request
+from kvbuffer.engine.speculative.config import SpeculativeConfig
 from kvbuffer.engine.speculative.drafter import Draft, Drafter
+from kvbuffer.engine.speculative.methods import make_drafter
 from kvbuffer.engine.speculative.speculator import SpeculativeStats
 from kvbuffer.ops.cost import LayerShape
 from kvbuffer.ops.rule import GATED_DELTANET
@@ -50,12 +53,17 @@ PROMPT_LEN, OUTPUT_LEN, NUM_DRAFTS = 192, 96, 8
 #: So many texts are run one after the other where fewer are to run at once.
 LEAST_TEXTS = 4
 ACCEPTANCE = (0.5, 0.7, 0.9)
-CASES = [*(f"{text}, ngram" for text in TEXTS), *(f"prose, oracle {acceptance}" for acceptance in ACCEPTANCE)]
+LOOKUPS = ("ngram", "suffix")
+CASES = [
+    "prose, none",
+    *(f"{text}, {lookup}" for text in TEXTS for lookup in LOOKUPS),
+    *(f"prose, oracle {acceptance}" for acceptance in ACCEPTANCE),
+]
 PARTS = ("throughput", "operator", "peers", "capacity")
 CAPACITY_DRAFTS = 4
 CAPACITY_CASES = (capacity.Case("1 to 128 tokens", 1, 128), capacity.Case("512 tokens", 512, 512, 1 / 8))
 #: What tells the rows of a table apart.
-ROW_KEY = ("text", "drafter", "batch")
+ROW_KEY = ("text", "drafter", "batch", "model", "case", "states", "records", "server", "choices")
 
 
 class Oracle(Drafter):
@@ -85,31 +93,52 @@ def _scripted(logits, row, state):
     return sampled._replace(token_id=SCRIPTS[id(state)][state.num_output_tokens])
 
 
-def run(engine: Engine, texts: Sequence[Script]) -> tuple[int, float]:
-    """Let the texts be said until one ends; return tokens and seconds from when all prompts have been computed."""
-    SCRIPTS.clear()
-    for number, (prompt, said) in enumerate(texts):
-        params = SamplingParams(temperature=0.0, max_tokens=len(said), ignore_eos=True)
-        engine.add_request(str(number), prompt, params)
-        SCRIPTS[id(engine._requests[str(number)].sampling)] = said
-    while engine.stats.num_waiting or any(request.is_prefilling for request in engine._scheduler.running):
-        engine.step()
-    began, tokens = time.perf_counter(), 0
-    ended = False
-    while not ended:
-        deltas = engine.step()
-        tokens += sum(len(delta.token_ids) for delta in deltas)
-        ended = any(delta.finish_reason is not None for delta in deltas)
-    seconds = time.perf_counter() - began
-    for number in range(len(texts)):
-        engine.abort_request(str(number))
-    return tokens, seconds
+class Run:
+    """Texts being said by an engine, all at once.
+
+    Attributes:
+        tokens: generated since all prompts had been computed.
+        seconds: that took.
+        ended: whether one of the texts has been said.
+    """
+
+    def __init__(self, engine: Engine, texts: Sequence[Script]) -> None:
+        self.engine, self.names = engine, [str(number) for number in range(len(texts))]
+        self.tokens, self.seconds, self.ended = 0, 0.0, False
+        for name, (prompt, said) in zip(self.names, texts, strict=True):
+            engine.add_request(name, prompt, SamplingParams(temperature=0.0, max_tokens=len(said), ignore_eos=True))
+            SCRIPTS[id(engine._requests[name].sampling)] = said
+        while engine.stats.num_waiting or any(request.is_prefilling for request in engine._scheduler.running):
+            engine.step()
+
+    def step(self) -> None:
+        """Let each text go on."""
+        began = time.perf_counter()
+        deltas = self.engine.step()
+        self.seconds += time.perf_counter() - began
+        self.tokens += sum(len(delta.token_ids) for delta in deltas)
+        self.ended |= any(delta.finish_reason is not None for delta in deltas)
+
+    def end(self) -> None:
+        """Forget the texts."""
+        for name in self.names:
+            self.engine.abort_request(name)
 
 
-def run_in_turn(engine: Engine, texts: Sequence[Script], batch: int) -> float:
-    """Run the texts, ``batch`` at a time; return tokens per second."""
-    runs = [run(engine, texts[i : i + batch]) for i in range(0, len(texts), batch)]
-    return sum(tokens for tokens, _ in runs) / sum(seconds for _, seconds in runs)
+def speeds(engines: Sequence[Engine], texts: Sequence[Script], batch: int) -> list[float]:
+    """Let the engines say the texts, ``batch`` at a time, step by step in turn; return their tokens per second."""
+    tokens, seconds = [0] * len(engines), [0.0] * len(engines)
+    for begin in range(0, len(texts), batch):
+        SCRIPTS.clear()
+        runs = [Run(engine, texts[begin : begin + batch]) for engine in engines]
+        while not any(run.ended for run in runs):
+            for run in runs:
+                run.step()
+        for i, run in enumerate(runs):
+            tokens[i] += run.tokens
+            seconds[i] += run.seconds
+            run.end()
+    return [count / taken for count, taken in zip(tokens, seconds, strict=True)]
 
 
 def throughput(batches: Sequence[int], chosen: Sequence[str], rounds: int) -> Iterator[dict]:
@@ -118,38 +147,46 @@ def throughput(batches: Sequence[int], chosen: Sequence[str], rounds: int) -> It
         "model": str(checkpoint("dense")), "max_model_len": 512, "max_num_seqs": 32, "memory": 768 << 20,
         "enable_prefix_caching": False, "show_progress": False,
     }  # fmt: skip
-    plain = Engine.from_config(EngineConfig(**options))
     config = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS}
-    drafting = Engine.from_config(EngineConfig(**options, speculative_config=config))
+    plain, drafting = (
+        Engine.from_config(EngineConfig(**options, speculative_config=given)) for given in (None, config)
+    )
     speculator = drafting._speculator
-    prompt_lookup = speculator.drafter
-    cases: list[tuple[str, str, Drafter]] = [(kind, "ngram", prompt_lookup) for kind in TEXTS]
-    cases += [("prose", f"oracle {acceptance}", Oracle(acceptance)) for acceptance in ACCEPTANCE]
-    cases = [case for case in cases if f"{case[0]}, {case[1]}" in chosen]
     for batch in batches:
-        for kind, name, drafter in cases:
+        for case in chosen:
+            kind, name = case.split(", ")
             texts = scripts(kind, max(batch, LEAST_TEXTS), drafting.tokenizer, PROMPT_LEN, OUTPUT_LEN)
-            speculator.drafter = drafter
-            run_in_turn(plain, texts, batch)
-            run_in_turn(
-                drafting, texts, batch
-            )  # what steps cost and what is accepted is known from now on, as in a running server
-            speculator.stats = SpeculativeStats(num_accepted_tokens_per_pos=[0] * NUM_DRAFTS)
+            speculator.drafter = make(name, drafting)
+            drafting._speculator = None if name == "none" else speculator
+            # What steps cost and what is accepted is known afterwards, as in a running server.
+            speeds((plain, drafting), texts, batch)
+            speculator.stats = stats = SpeculativeStats(num_accepted_tokens_per_pos=[0] * NUM_DRAFTS)
             began = time.perf_counter()
-            speeds = [(run_in_turn(plain, texts, batch), run_in_turn(drafting, texts, batch)) for _ in range(rounds)]
-            stats, seconds = speculator.stats, time.perf_counter() - began
+            measured = [speeds((plain, drafting), texts, batch) for _ in range(rounds)]
+            seconds = time.perf_counter() - began
             yield {
-                    "text": kind, "drafter": name, "batch": batch,
-                    "plain": round(statistics.median(speed for speed, _ in speeds), 1),
-                    "speculative": round(statistics.median(speed for _, speed in speeds), 1),
-                    "ratio": round(statistics.median(fast / slow for slow, fast in speeds), 3),
-                    "ratios": [round(fast / slow, 3) for slow, fast in speeds],
-                    "drafted": stats.num_draft_tokens,
-                    "accepted_share": round(stats.num_accepted_tokens / max(1, stats.num_draft_tokens), 3),
-                    "mean_accepted_length": round(stats.mean_accepted_length, 2),
-                    "draft_seconds": round(stats.draft_seconds, 4),
-                    "seconds": round(seconds, 2),
+                "text": kind, "drafter": name, "batch": batch,
+                "plain": round(statistics.median(speed for speed, _ in measured), 1),
+                "speculative": round(statistics.median(speed for _, speed in measured), 1),
+                "ratio": round(statistics.median(fast / slow for slow, fast in measured), 3),
+                "ratios": [round(fast / slow, 3) for slow, fast in measured],
+                "drafted": stats.num_draft_tokens,
+                "accepted_share": round(stats.num_accepted_tokens / max(1, stats.num_draft_tokens), 3),
+                "mean_accepted_length": round(stats.mean_accepted_length, 2),
+                "draft_seconds": round(stats.draft_seconds, 4),
+                "seconds": round(seconds, 2),
             }  # fmt: skip
+
+
+def make(name: str, engine: Engine) -> Drafter:
+    """Return a drafter by the name that it has in the table."""
+    if name.startswith("oracle"):
+        return Oracle(float(name.split()[1]))
+    # What was said is said again in the next round: nothing is kept of it.
+    config = SpeculativeConfig(
+        "suffix" if name == "suffix" else "ngram", NUM_DRAFTS, suffix_decoding_max_cached_tokens=0
+    )
+    return make_drafter(engine.config, config, engine._model, engine._runner.caches, engine._memory, None)
 
 
 def capacity_rows() -> Iterator[dict]:
@@ -157,9 +194,11 @@ def capacity_rows() -> Iterator[dict]:
     for case in CAPACITY_CASES:
         for tier in capacity.TIERS:
             shape = capacity.SHAPES["Qwen3-Next-80B-A3B"]
-            yield {"model": "Qwen3-Next-80B-A3B"} | capacity.measure(shape, 8 << 30, case, tier, CAPACITY_DRAFTS)
+            row = capacity.measure(shape, 8 << 30, case, tier, CAPACITY_DRAFTS)
+            yield {"model": "Qwen3-Next-80B-A3B"} | row | {"fit": row["served"]}
     for tier in (capacity.TIERS[0], capacity.TIERS[2]):
-        yield {"model": "demo"} | capacity.run_engine(CAPACITY_CASES[-1], tier, 32 << 20, CAPACITY_DRAFTS)
+        row = capacity.run_engine(CAPACITY_CASES[-1], tier, 32 << 20, CAPACITY_DRAFTS)
+        yield {"model": "demo"} | row | {"fit": row["ran_at_once"]}
 
 
 def operator_rows(rounds: int) -> list[dict]:
@@ -182,53 +221,64 @@ def operator_rows(rounds: int) -> list[dict]:
     ]  # fmt: skip
 
 
+#: Per part of the result the head of its table, with what each row of it says.
+TABLES = {
+    "throughput": {
+        "text": "{text}", "drafter": "{drafter}", "batch": "{batch}", "tokens/s without": "{plain}",
+        "with": "{speculative}", "ratio": "{ratio:.2f}", "of single rounds": "{ratios}",
+        "accepted": "{accepted_share:.0%}",
+        "tokens per step with a draft": "{mean_accepted_length}",
+    },
+    "capacity": {
+        "model": "{model}", "requests of": "{case}", "states / records": "{states} / {records}",
+        "a state per draft": "{baseline}", "ours": "{fit}", "ratio": "{ratio:.2f}",
+    },
+    "operator": {
+        "states / records": "{states} / {records}", "9 steps, ms": "{stored_states_ms}",
+        "verifying 8 drafts, ms": "{ms}", "ratio": "{ratio:.2f}", "to float32's steps": "{ratio_to_float32:.2f}",
+    },
+    "peers": {
+        "server": "{server}", "choices": "{choices}", "tokens/s": "{tokens_per_second}",
+        "over without speculation": "{ratio:.2f}",
+    },
+}  # fmt: skip
+
+
 def markdown(result: dict) -> str:
     """The tables."""
-    lines = []
-    if rows := result.get("throughput"):
-        lines += [
-            "| text | drafter | batch | tokens/s without | with | ratio | accepted | tokens per step with a draft |"
-        ]
-        lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
-        for row in rows:
-            lines.append(
-                f"| {row['text']} | {row['drafter']} | {row['batch']} | {row['plain']} | {row['speculative']} "
-                f"| {row['ratio']:.2f} | {row['accepted_share']:.0%} | {row['mean_accepted_length']} |"
-            )
-    if rows := result.get("capacity"):
-        lines += ["", "| model | requests of | states / records | a state per draft | ours | ratio |"]
-        lines += ["|---|---|---|---:|---:|---:|"]
-        for row in rows:
-            lines.append(
-                f"| {row['model']} | {row['case']} | {row['states']} / {row['records']} | {row['baseline']} "
-                f"| {row.get('served', row.get('ran_at_once'))} | {row['ratio']:.2f} |"
-            )
-    if rows := result.get("operator"):
-        lines += ["", "| states / records | 9 steps, ms | verifying 8 drafts, ms | ratio | to float32's steps |"]
-        lines += ["|---|---:|---:|---:|---:|"]
-        for row in rows:
-            lines.append(
-                f"| {row['states']} / {row['records']} | {row['stored_states_ms']} | {row['ms']} | {row['ratio']:.2f} "
-                f"| {row['ratio_to_float32']:.2f} |"
-            )
-    if rows := result.get("peers"):
-        lines += ["", "| server | choices | tokens/s | over without speculation |", "|---|---:|---:|---:|"]
-        for row in rows:
-            lines.append(f"| {row['server']} | {row['choices']} | {row['tokens_per_second']} | {row['ratio']:.2f} |")
-    return "\n".join(lines)
+    tables = []
+    for part, columns in TABLES.items():
+        rows = [[cell.format(**row) for cell in columns.values()] for row in result.get(part, [])]
+        if rows:
+            lines = [list(columns), ["---"] * len(columns), *rows]
+            tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(tables)
 
 
-def save(result: dict, args: argparse.Namespace) -> None:
-    """Write the results if there is a file."""
-    result |= {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "settings": {"rounds": args.rounds, "prompt_len": PROMPT_LEN, "output_len": OUTPUT_LEN, "drafts": NUM_DRAFTS},
-        "machine": {k: v for k, v in machine.describe().items() if not k.endswith(("_bandwidth", "_peak"))},
-    }
+def save(result: dict, part: str, args: argparse.Namespace) -> None:
+    """Write the results, of which ``part`` is new, if there is a file."""
+    result.setdefault("measured", {})[part] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": machine.commit(), "rounds": args.rounds
+    }  # fmt: skip
+    result["settings"] = {"prompt_len": PROMPT_LEN, "output_len": OUTPUT_LEN, "drafts": NUM_DRAFTS}
+    result["machine"] = {k: v for k, v in machine.describe().items() if not k.endswith(("_bandwidth", "_peak"))}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(markdown(result) + "\n")
+
+
+def measure_part(part: str, args: argparse.Namespace) -> Iterator[dict]:
+    """Yield the rows of a part as they are measured."""
+    if part == "throughput":
+        with mock.patch.object(output, "sample_row", _scripted):
+            yield from throughput(args.batches, args.cases, args.rounds)
+    elif part == "operator":
+        yield from operator_rows(args.rounds)
+    elif part == "peers":
+        texts = scripts("editing code", 2, Tokenizer(checkpoint("dense")), PROMPT_LEN, OUTPUT_LEN)
+        yield from speculative_peers.measure(texts, args.rounds)
+    else:
+        yield from capacity_rows()
 
 
 def main() -> None:
@@ -240,29 +290,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file whose rows are replaced; tables go beside it")
     args = parser.parse_args()
     result: dict = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    rows = {tuple(row.get(name) for name in ROW_KEY): row for row in result.get("throughput", [])}
-    if "throughput" in args.parts:
-        with mock.patch.object(output, "sample_row", _scripted):
-            for row in throughput(args.batches, args.cases, args.rounds):
-                print(row, flush=True)
-                rows[tuple(row.get(name) for name in ROW_KEY)] = row
-                # Rows may be measured in runs of their own.
-                result["throughput"] = sorted(rows.values(), key=lambda row: row["batch"])
-                save(result, args)
-    if "operator" in args.parts:
-        result["operator"] = operator_rows(args.rounds)
-        save(result, args)
-    if "peers" in args.parts:
-        tokenizer = Tokenizer(checkpoint("dense"))
-        texts = scripts("editing code", 2, tokenizer, PROMPT_LEN, OUTPUT_LEN)
-        result["peers"] = speculative_peers.measure(texts, args.rounds)
-        save(result, args)
-    if "capacity" in args.parts:
-        result["capacity"] = []
-        for row in capacity_rows():
+    for part in args.parts:
+        # Rows of throughput may be measured in runs of their own.
+        rows = {_key(row): row for row in result.get(part, []) if part == "throughput"}
+        for row in measure_part(part, args):
             print(row, flush=True)
-            result["capacity"].append(row)
-            save(result, args)
+            rows[_key(row)] = row
+            result[part] = (
+                sorted(rows.values(), key=lambda row: row["batch"]) if part == "throughput" else [*rows.values()]
+            )
+            save(result, part, args)
+
+
+def _key(row: dict) -> tuple:
+    """What tells a row of a table from the others."""
+    return tuple(row.get(name) for name in ROW_KEY)
 
 
 if __name__ == "__main__":

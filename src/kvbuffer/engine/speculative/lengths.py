@@ -5,6 +5,10 @@ The drafter is asked for k_i tokens for request i, and has any with probability 
 accepted with probability p_i. The lengths that bring the most tokens per second are found by adding tokens in the order
 of p_i^j. All of a, b, c, p_i and q_i are measured while serving; what has not paid is tried again, so rarely that it
 costs little.
+
+Estimates may be wrong, so an account is kept of the time that steps with drafts took beyond what their tokens would
+have taken without. Nothing is drafted while it stands at more than a hundredth of the time: that much can be lost and
+no more, whatever the machine and the texts are like.
 """
 
 from __future__ import annotations
@@ -23,12 +27,15 @@ _FIRST_GUESS = 0.6
 #: Steps that are averaged before any one of them is called disturbed; plain ones come before the first with drafts.
 _LEAST_STEPS = 3
 #: Gains below this are not worth the risk that they are noise.
-_LEAST_GAIN = 1.01
+_LEAST_GAIN = 0.01
 #: Share of the time that goes into trying drafts of one token again where they did not pay.
 _TRY_SHARE = 0.01
-#: Where they do pay, a step goes without after so many, so that it is known what that costs.
-_PLAIN_INTERVAL = 64
-#: By how much what a draft token costs may change from one step to the next, relatively.
+#: Share of the time that drafts may lose in all, and how many plain steps' time they may lose of what they have won.
+_RISK_SHARE, _RISK_STEPS = 0.01, 4
+#: Where they do pay, a step goes without after so many at most, so that it is known what that costs: as many as leave
+#: this share of what drafts bring, so that the less they bring, the better it is known.
+_PLAIN_INTERVAL, _PLAIN_SHARE = 64, 0.01
+#: By how much what a draft token costs may change from one step to the next, relatively, with and without drafts.
 _DRIFT = 0.05
 #: Draft tokens of a request while it is not known what they cost.
 _FIRST_LENGTH = 2
@@ -51,14 +58,19 @@ class _StepCost:
     _noise: float = 0.0  # variance of the time of plain steps
     _doubt: float = math.inf  # variance of per_token
 
+    def undisturbed(self, num_draft_tokens: int, seconds: float) -> float:
+        """Return the seconds of a step, cut to what it may have taken by itself."""
+        if (self.num_drafted if num_draft_tokens else self.num_plain) < _LEAST_STEPS:
+            return seconds
+        return min(seconds, _DISTURBED * (self.plain + self.per_token * num_draft_tokens))
+
     def observe(self, num_draft_tokens: int, seconds: float) -> None:
+        self._doubt += (_DRIFT * self.per_token) ** 2
         if num_draft_tokens:
             self._observe_drafted(num_draft_tokens, seconds)
             return
         self.num_plain += 1
         self.steps_since_plain = 0
-        if self.num_plain > _LEAST_STEPS:
-            seconds = min(seconds, _DISTURBED * self.plain)
         share = max(_STEP_SHARE, 1 / self.num_plain)
         deviation = seconds - self.plain
         self.plain += share * deviation
@@ -68,11 +80,7 @@ class _StepCost:
     def _observe_drafted(self, num_draft_tokens: int, seconds: float) -> None:
         self.num_drafted += 1
         self.steps_since_plain += 1
-        expected = self.plain + self.per_token * num_draft_tokens
-        if self.num_drafted > _LEAST_STEPS:
-            seconds = min(seconds, _DISTURBED * expected)
         measured = (seconds - self.plain) / num_draft_tokens
-        self._doubt += (_DRIFT * self.per_token) ** 2
         # A share of the plain time as well: the cost is not quite proportional to the number of tokens.
         noise = (self._noise + (_DRIFT * self.plain) ** 2) / num_draft_tokens**2
         share = 1.0 if math.isinf(self._doubt) else self._doubt / (self._doubt + noise)
@@ -108,6 +116,7 @@ class DraftLengths:
     _histories: dict[Request, _History] = field(default_factory=dict)
     _acceptance: float = _FIRST_GUESS
     _ask_seconds: float = 0.0
+    _lost: float = 0.0  # seconds lost by drafting, less those that may be
     _step: int = 0
     _resting: list[Request] = field(default_factory=list)
     _rest_end: float = 0.0
@@ -119,11 +128,15 @@ class DraftLengths:
         self._step += 1
         if self._step <= self._rest_end and requests == self._resting:
             return [0] * len(requests)
+        if self._lost > 0.0:
+            return [0] * len(requests)
         cost = self._cost(len(requests))
-        if cost.num_plain < _LEAST_STEPS or cost.steps_since_plain >= _PLAIN_INTERVAL:
+        if cost.num_plain < _LEAST_STEPS:
             return [0] * len(requests)
         histories = [self._history(request) for request in requests]
-        lengths = self._best_lengths(histories, cost)
+        lengths, gain = self._best_lengths(histories, cost)
+        if cost.steps_since_plain > min(_PLAIN_INTERVAL, gain / _PLAIN_SHARE):
+            return [0] * len(requests)
         if not cost.num_drafted:
             return [min(length, _FIRST_LENGTH) for length in lengths]
         # What a try costs, in tokens that could have been generated meanwhile; and in how many steps these are saved.
@@ -140,32 +153,37 @@ class DraftLengths:
             self._rest_end = min(history.tried for history in histories) + interval
         return lengths
 
-    def _best_lengths(self, histories: Sequence[_History], cost: _StepCost) -> list[int]:
-        """Return the lengths with the highest rate of tokens, none if that is hardly more than without drafts."""
+    def _best_lengths(self, histories: Sequence[_History], cost: _StepCost) -> tuple[list[int], float]:
+        """Return the lengths with the highest rate of tokens, none if that is hardly more than without drafts.
+
+        And by how much, relatively, the rate is higher.
+        """
         count = len(histories)
         tokens, seconds = float(count), cost.plain + self._ask_seconds * count
-        lengths, gains = [0] * count, [0.0] * count
+        lengths, brings = [0] * count, [0.0] * count
         likeliest = [(-history.acceptance, i) for i, history in enumerate(histories)]
         heapq.heapify(likeliest)
         # Later tokens are less likely: the rate has its maximum where the next one brings less than it.
         while likeliest and -likeliest[0][0] * seconds > tokens * cost.per_token:
-            gain, i = -likeliest[0][0], likeliest[0][1]
+            share, i = -likeliest[0][0], likeliest[0][1]
             history = histories[i]
             lengths[i] += 1
-            gains[i] += gain
-            tokens += history.found * gain
+            brings[i] += share
+            tokens += history.found * share
             seconds += history.found * cost.per_token
             if lengths[i] < self.most:
-                heapq.heapreplace(likeliest, (-gain * history.acceptance, i))
+                heapq.heapreplace(likeliest, (-share * history.acceptance, i))
             else:
                 heapq.heappop(likeliest)
         rate = tokens / seconds
-        if rate < _LEAST_GAIN * count / cost.plain:
-            return [0] * count
+        gain = rate * cost.plain / count - 1.0
+        if gain < _LEAST_GAIN:
+            return [0] * count, 0.0
         worth_asking = (
-            history.found * gain > rate * self._ask_seconds for history, gain in zip(histories, gains, strict=True)
+            history.found * brought > rate * self._ask_seconds
+            for history, brought in zip(histories, brings, strict=True)
         )
-        return [length * worth for length, worth in zip(lengths, worth_asking, strict=True)]
+        return [length * worth for length, worth in zip(lengths, worth_asking, strict=True)], gain
 
     def observe_draft(self, request: Request, depth: int, num_accepted: int) -> None:
         """Take note of how a draft fared, ``depth`` tokens along its longest path."""
@@ -177,9 +195,14 @@ class DraftLengths:
             history.acceptance += _TRIAL_SHARE * (accepted - history.acceptance)
             self._acceptance += _TRIAL_SHARE**2 * (accepted - self._acceptance)
 
-    def observe_step(self, num_requests: int, num_draft_tokens: int, seconds: float) -> None:
+    def observe_step(self, num_requests: int, num_draft_tokens: int, num_accepted: int, seconds: float) -> None:
         """Take note of a step in which nothing but ``num_requests`` requests decoded."""
-        self._cost(num_requests).observe(num_draft_tokens, seconds)
+        cost = self._cost(num_requests)
+        seconds = cost.undisturbed(num_draft_tokens, seconds)
+        if num_draft_tokens:
+            self._lost += seconds - cost.plain * (1 + num_accepted / num_requests)
+        cost.observe(num_draft_tokens, seconds)
+        self._lost = max(self._lost - _RISK_SHARE * cost.plain, -_RISK_STEPS * cost.plain)
 
     def observe_nothing_found(self, request: Request) -> None:
         """Take note that the drafter had nothing to propose."""
@@ -189,6 +212,7 @@ class DraftLengths:
     def observe_search(self, num_requests: int, seconds: float) -> None:
         """Take note of the time in which the drafter found nothing for any of ``num_requests`` requests."""
         self._ask_seconds += _STEP_SHARE * (seconds / num_requests - self._ask_seconds)
+        self._lost += seconds
 
     def forget(self, request: Request) -> None:
         """Drop the history of a request that has ended."""

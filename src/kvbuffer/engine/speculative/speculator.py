@@ -115,7 +115,9 @@ class Speculator:
         if self._lengths is not None and not any(s.form in (LinearForm.CHUNKED, LinearForm.APPENDED) for s in batch):
             if drafts:
                 seconds += self._seconds + observing
-            self._lengths.observe_step(len(batch), sum(len(s.draft.token_ids) for s in drafts), seconds)
+            num_drafted = sum(len(segment.draft.token_ids) for segment in drafts)
+            num_accepted = sum(len(accepted[segment.request]) for segment in drafts)
+            self._lengths.observe_step(len(batch), num_drafted, num_accepted, seconds)
 
     def _count(self, request: Request, draft: Draft, num_accepted: int) -> None:
         request.num_draft_tokens += len(draft.token_ids)
