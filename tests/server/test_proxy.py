@@ -70,7 +70,7 @@ async def test_requests_and_answers_pass_unchanged(store: Path) -> None:
     @behind.api_route("/{path:path}", methods=["POST", "DELETE"])
     async def any_path(request: Request) -> Response:
         seen.append((request.method, str(request.url), await request.body(), dict(request.headers)))
-        headers = {"X-Own": "1", "Set-Cookie": "a=b"}
+        headers = {"X-Own": "1", "Set-Cookie": "a=b", "Date": "set by every server"}
         return Response(b"\x00 raw", status_code=418, media_type="application/x-odd", headers=headers)
 
     async with proxied(store, behind) as client:
@@ -82,6 +82,7 @@ async def test_requests_and_answers_pass_unchanged(store: Path) -> None:
             assert (answer.status_code, answer.content) == (418, b"\x00 raw")
             assert (answer.headers["x-own"], answer.headers["set-cookie"]) == ("1", "a=b")
             assert answer.headers["content-type"] == "application/x-odd"
+            assert "date" not in answer.headers
     assert [(method, sent) for method, _, sent, _ in seen] == [("POST", body), ("DELETE", body)]
     assert seen[0][1] == "http://behind/v1/chat/completions?x=%20y"
     assert all(headers["authorization"] == "Bearer k" for *_, headers in seen)

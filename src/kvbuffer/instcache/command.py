@@ -213,7 +213,7 @@ def proxy(
     answers = InstCache(store, partial(Identity.of, folder, tokenizer), tokenizer, max_model_len, sampled)
     app = create_proxy(upstream, answers, tokenizer, served_model_name or model, api_key)
     print(f"{answers.num_entries:,} answers in front of {upstream}, on http://{host}:{port}. Ctrl-C stops.")
-    uvicorn.Server(uvicorn_config(app)).run(sockets=[listener])
+    uvicorn.Server(uvicorn_config(app, server_header=False)).run(sockets=[listener])
 
 
 @instcache.command()

@@ -34,7 +34,7 @@ _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 # Belong to one connection, not to the message (RFC 9110, 7.6.1), or are set anew.
 _HOP_BY_HOP = frozenset(
     {"connection", "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"}
-    | {"transfer-encoding", "upgrade", "content-length"}
+    | {"transfer-encoding", "upgrade", "content-length", "date"}
 )
 
 
