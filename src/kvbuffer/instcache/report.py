@@ -17,16 +17,16 @@ _WIDTH, _HEIGHT, _MARGIN = 640, 360, 60
 
 def show(rows: Sequence[Row]) -> None:
     """Print a plan as a table."""
-    table = Table(title="What a cache would hold and hit (95 % intervals)")
-    for name in ("sigma", "hit rate", "", "instructions", "", "store", "time to build"):
-        table.add_column(name, justify="right")
+    table = Table(title="What a cache would hold and hit, with 95 % intervals", box=None, pad_edge=False)
+    for name in ("sigma", "hit rate", "", "entries", "", "store", "to build"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             f"{row.sigma:g}",
             f"{row.hit_rate.value:.1%}",
-            f"{row.hit_rate.low:.1%} to {row.hit_rate.high:.1%}",
+            f"{row.hit_rate.low:.1%}–{row.hit_rate.high:.1%}",
             f"{row.entries.value:,.0f}",
-            f"{row.entries.low:,.0f} to {row.entries.high:,.0f}",
+            f"{row.entries.low:,.0f}–{row.entries.high:,.0f}",
             format_size(row.num_bytes),
             f"{row.seconds / 3600:.2f} h" if row.seconds > 600 else f"{row.seconds:.1f} s",
         )
