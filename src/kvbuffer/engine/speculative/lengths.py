@@ -7,8 +7,8 @@ of p_i^j. All of a, b, c, p_i and q_i are measured while serving; what has not p
 costs little.
 
 Estimates may be wrong, so an account is kept of the time that steps with drafts took beyond what their tokens would
-have taken without. Nothing is drafted while it stands at more than a hundredth of the time: that much can be lost and
-no more, whatever the machine and the texts are like.
+have taken without. Nothing is drafted while it stands at more than a hundredth of the time: that much can be lost, and
+a few steps' time, whatever the machine and the texts are like.
 """
 
 from __future__ import annotations
