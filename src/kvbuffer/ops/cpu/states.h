@@ -137,22 +137,19 @@ inline void copy_state(const State<S>& from, int64_t K, int64_t V, const State<S
   if constexpr (State<S>::kQuantised) std::copy_n(from.scales, K, to.scales);
 }
 
-// Rows of a state that are folded together, each row of values being loaded once for all of them, and columns at a time:
-// as many sums as fit in the registers, and all of an int8 row, whose largest element counts.
-template <class S>
-constexpr int kFoldRows = State<S>::kQuantised ? 2 : 4;
-template <class S>
-constexpr int kFoldVecs = State<S>::kQuantised ? kBlockVecs : kBlockVecs / 2;
 // Rows of an int8 state that are rounded together, so that one's scale is not waited for.
 constexpr int kRoundRows = 8;
+// Rows of records up to which a fold waits for memory rather than for its arithmetic.
+constexpr int64_t kFewRecords = 2;
 
-// Rows r to r + R of `fold_state`, as floats to `to` [R, V] or rounded to where they come from.
-template <int R, class S>
+// Rows r to r + R of `fold_state`, kMost vectors of columns at a time, as floats to `to` [R, V] or rounded to where they
+// come from. Each row of values is loaded once for all of them.
+template <int R, int kMost, class S>
 inline __attribute__((always_inline)) void fold_rows(State<S> state, int64_t r, int64_t K, int64_t V, const float* decay,
                       const float* weighted_keys, const float* values, int64_t n, float* to) {
   const int64_t stride = padded(K);
   S* elements = state.data + r * V;
-  for_column_blocks<kFoldVecs<S>>(V, [=](int64_t c, auto vectors) {
+  for_column_blocks<kMost>(V, [=](int64_t c, auto vectors) {
     constexpr int NV = decltype(vectors)::value;
     Vec x[R][NV];
 #pragma GCC unroll 4
@@ -207,11 +204,21 @@ KVB_SINGLE_COPY void fold_state(const State<S>& state, int64_t K, int64_t V, con
   for (int64_t first = 0; first < K; first += kRoundRows) {
     const int64_t last = std::min(first + kRoundRows, K);
     int64_t r = first;
-    for (; r + kFoldRows<S> <= last; r += kFoldRows<S>) {
-      for (int a = 0; a < kFoldRows<S>; ++a) ahead.step();
-      fold_rows<kFoldRows<S>>(state, r, K, V, decay, weighted_keys, values, n, rows + (r - first) * V);
-    }
-    for (; r < last; ++r) fold_rows<1>(state, r, K, V, decay, weighted_keys, values, n, rows + (r - first) * V);
+    const auto fold = [&](auto count, auto most) {
+      constexpr int R = decltype(count)::value, kMost = decltype(most)::value;
+      for (; r + R <= last; r += R) {
+        for (int a = 0; a < R; ++a) ahead.step();
+        fold_rows<R, kMost>(state, r, K, V, decay, weighted_keys, values, n, rows + (r - first) * V);
+      }
+    };
+    const std::integral_constant<int, kBlockVecs> whole;
+    // Many records are a matter of arithmetic, few ones of memory, which likes whole rows. An int8 row needs its largest
+    // element.
+    if constexpr (!State<S>::kQuantised)
+      if (n > kFewRecords)
+        fold(std::integral_constant<int, 4>(), std::integral_constant<int, kBlockVecs / 2>());
+    fold(std::integral_constant<int, 2>(), whole);
+    fold(std::integral_constant<int, 1>(), whole);
     if constexpr (State<S>::kQuantised)
       for (r = one_block(V) ? last : first; r < last; ++r) store_row(state, r, V, rows + (r - first) * V);
   }
