@@ -119,6 +119,9 @@ def test_bfloat16_follows_float32(data: Path, tmp_path: Path) -> None:
         out = tmp_path / precision
         run(tiny_options(data, out, "qwen3_5", method="scratch", precision=precision, steps=4), show_progress=False)
         finals.append(curve(out)[-1]["held_out"])
+        config, parameters = read_checkpoint(out / "model")
+        assert config["dtype"] == precision
+        assert {x.dtype for x in parameters.values()} == {getattr(torch, precision)}
     assert finals[0] != finals[1]
     assert finals[1] == pytest.approx(finals[0], rel=0.02)
 

@@ -82,7 +82,9 @@ def run(
     decay: Annotated[float, typer.Option(help="Share of the last stage in which the rate falls.")] = defaults.DECAY,
     small_decay: Annotated[float, typer.Option(help="The same for stages of small models.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = defaults.CLIP,
-    precision: Annotated[str, typer.Option(help="float32, or bfloat16 for matrix products.")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="float32, or bfloat16 for matrix products and the finished model.")
+    ] = "float32",
     seed: Annotated[int, typer.Option(help="Of weights and of the order of the data.")] = 0,
     alpha: Annotated[float, typer.Option(help="Share of the grown model in interpolation.")] = defaults.ALPHA,
     first_share: Annotated[

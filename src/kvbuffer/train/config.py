@@ -40,7 +40,8 @@ class TrainConfig:
         decay: share of the last stage's steps in which the learning rate falls to zero.
         small_decay: the same for stages of small models.
         clip: largest norm of the gradient.
-        precision: ``float32``, or ``bfloat16`` for matrix products (weights stay in float32).
+        precision: ``float32``, or ``bfloat16`` for matrix products and the finished model (in training, weights stay
+            in float32).
         seed: of weights and of the order of the data.
         alpha: share of the grown model in interpolation.
         first_share: first stage of the large model, as a share of ``steps``; E_a in the paper.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kvbuffer.errors import ConfigError
-from kvbuffer.train.checkpoints import copy_companions, new_folder
+from kvbuffer.train.checkpoints import Checkpoint, copy_companions, new_folder, read_checkpoint, write_checkpoint
 from kvbuffer.train.config import TrainConfig
 from kvbuffer.train.optim import Optimizers
 from kvbuffer.train.plan import Stage
@@ -109,11 +109,12 @@ class RunFolder:
             if path not in keep:
                 shutil.rmtree(path)
 
-    def finish(self, last: Path) -> None:
-        """Write the finished model."""
+    def finish(self, last: Path, dtype: str) -> None:
+        """Write the finished model, in ``dtype``, from its last checkpoint."""
         if not self.model.exists():
-            with new_folder(self.model) as partial:
-                shutil.copytree(last, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training.pt"))
+            config, parameters = read_checkpoint(last)
+            rounded = {name: x.to(getattr(torch, dtype)) for name, x in parameters.items()}
+            write_checkpoint(self.model, Checkpoint({**config, "dtype": dtype}, rounded), last)
 
     def truncate_log(self, steps: int) -> None:
         """Drop what was logged after this many steps: it will be logged again."""

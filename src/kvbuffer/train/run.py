@@ -113,7 +113,8 @@ class Run:
                     break
                 self._enter(self._position.stage + 1)
         if self._workers.is_first:
-            self._folder.finish(self._folder.checkpoint(self._position.stage, self._position.step))
+            last = self._folder.checkpoint(self._position.stage, self._position.step)
+            self._folder.finish(last, self._options.precision)
         self._workers.wait()
 
     def _use(self, model: Any) -> None:
