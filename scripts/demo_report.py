@@ -3,8 +3,9 @@
     python scripts/demo_report.py [--model src/kvbuffer/demo_model] --texts texts
 
 Beside the model's bits per byte stand those of `xz -9` and, with `pip install pyppmd`, of PPMd (variant H, order 8),
-each after reading --texts, the corpus of demo_texts.py. Questions are those of demo_questions.txt, a chat per line with
-its turns separated by `||`, answered greedily; whether the answers are right is for people to say.
+each after reading --texts, the corpus of demo_texts.py. Questions are those of demo_questions.txt (or of
+demo_questions_new.txt, written after all texts that the model learned from), a chat per line with its turns separated
+by `||`, answered greedily; whether the answers are right is for people to say.
 """
 
 import argparse
@@ -61,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, default=Path("src/kvbuffer/demo_model"))
     parser.add_argument("--texts", type=Path, help="what the compressors read first; without it they are left out")
+    parser.add_argument("--questions", type=Path, default=Path(__file__).parent / "demo_questions.txt")
     parser.add_argument("--docs", type=Path, help="the documentation's _sources folder, instead of Debian's package")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/kvbuffer-demo")
     options = parser.parse_args()
@@ -81,7 +83,7 @@ def main() -> None:
         else:
             ppmd = compressor_bits(lambda data: pyppmd.compress(data, max_order=8, mem_size=1 << 29), known, unseen)
             print(f"  PPMd    {ppmd:.3f}")
-    lines = (Path(__file__).parent / "demo_questions.txt").read_text(encoding="utf-8").splitlines()
+    lines = options.questions.read_text(encoding="utf-8").splitlines()
     chats = [line.split(" || ") for line in lines]
     for chat, answers in zip(chats, answer(options.model, chats), strict=True):
         print()
