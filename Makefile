@@ -7,7 +7,8 @@ PORT ?= 8000
 .PHONY: serve test lint format clean
 
 serve: $(VENV)/installed  ## chat with the embedded demo model on http://127.0.0.1:8000
-	$(BIN)/kvbuffer serve demo --host $(HOST) --port $(PORT)
+	$(BIN)/kvbuffer serve demo --host $(HOST) --port $(PORT) \
+		--speculative-config '{"method": "mtp", "num_speculative_tokens": 3}'
 
 test: lint  ## lint, types and tests
 	$(BIN)/python -m pytest

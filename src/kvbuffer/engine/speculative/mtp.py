@@ -34,27 +34,34 @@ class _Waiting:
     Attributes:
         begin: place of the first of them.
         end: place after the last of them.
-        hidden: [n, hidden_size] each, the model's hidden states after them, step by step.
+        hidden: [n, hidden_size] each, the model's hidden states after them, step by step, and which rows count.
         last: [1, hidden_size], what the head gave for the token before them; None if it is not known.
     """
 
     begin: int
     end: int
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: list[tuple[Tensor, Sequence[int]]] = field(default_factory=list)
     last: Tensor | None = None
 
-    def add(self, begin: int, hidden: Tensor) -> None:
+    def add(self, begin: int, hidden: Tensor, rows: Sequence[int]) -> None:
         """Append the hidden states of tokens from ``begin`` on; any that are there for these are dropped."""
         if begin < self.end:
-            self.hidden = [torch.cat(self.hidden)[: begin - self.begin]]
-        self.hidden.append(hidden)
-        self.end = begin + len(hidden)
+            self._set(self._joined()[: begin - self.begin])
+        self.hidden.append((hidden, rows))
+        self.end = begin + len(rows)
 
     def take(self, count: int) -> Tensor:
         """Take the hidden states of the first ``count`` tokens."""
-        hidden = torch.cat(self.hidden)
-        self.begin, self.hidden = self.begin + count, [hidden[count:]] if count < len(hidden) else []
+        hidden = self._joined()
+        self.begin += count
+        self._set(hidden[count:])
         return hidden[:count]
+
+    def _joined(self) -> Tensor:
+        return torch.cat([_rows(hidden, rows) for hidden, rows in self.hidden])
+
+    def _set(self, hidden: Tensor) -> None:
+        self.hidden = [(hidden, range(len(hidden)))] if len(hidden) else []
 
 
 class MtpDrafter(Drafter):
@@ -78,19 +85,19 @@ class MtpDrafter(Drafter):
         assert hidden is not None
         committed = list(committed)
         for part in committed:
-            self._add(part.request, part.begin, _rows(hidden, part.rows))
+            self._add(part.request, part.begin, hidden, part.rows)
         self._catch_up(
             part.request
             for part in committed
             if part.begin < part.request.num_prefill_tokens or self._num_waiting(part.request) >= _MAX_WAITING
         )
 
-    def _add(self, request: Request, begin: int, hidden: Tensor) -> None:
+    def _add(self, request: Request, begin: int, hidden: Tensor, rows: Sequence[int]) -> None:
         waiting = self._waiting.get(request)
         # A request that was preempted may compute tokens again.
         if waiting is None or not waiting.begin <= begin <= waiting.end:
             waiting = self._waiting[request] = _Waiting(begin, begin)
-        waiting.add(begin, hidden)
+        waiting.add(begin, hidden, rows)
 
     def _num_waiting(self, request: Request) -> int:
         """Return how many tokens can be computed: those whose next token is known."""
