@@ -143,3 +143,12 @@ def test_nothing_is_kept_of_requests_that_have_ended() -> None:
     for ended in simulation.requests:
         simulation.lengths.forget(ended)
     assert not simulation.lengths._histories
+
+
+def test_a_search_that_something_else_held_up_stops_drafts_for_a_while_only() -> None:
+    simulation = Simulation([0.9], plain=0.01, per_token=0.0003)
+    simulation.run(50)
+    simulation.lengths.observe_search(1, 5.0)
+    before = sum(simulation.drafted)
+    simulation.run(200)
+    assert sum(simulation.drafted) > before + 100

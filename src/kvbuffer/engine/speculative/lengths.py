@@ -116,6 +116,7 @@ class DraftLengths:
     _histories: dict[Request, _History] = field(default_factory=dict)
     _acceptance: float = _FIRST_GUESS
     _ask_seconds: float = 0.0
+    _plain: float = 0.0  # seconds of a step without drafts, for the requests that lengths were last chosen for
     _lost: float = 0.0  # seconds lost by drafting, less those that may be
     _step: int = 0
     _resting: list[Request] = field(default_factory=list)
@@ -133,6 +134,7 @@ class DraftLengths:
         cost = self._cost(len(requests))
         if cost.num_plain < _LEAST_STEPS:
             return [0] * len(requests)
+        self._plain = cost.plain
         histories = [self._history(request) for request in requests]
         lengths, gain = self._best_lengths(histories, cost)
         if cost.steps_since_plain > min(_PLAIN_INTERVAL, gain / _PLAIN_SHARE):
@@ -211,6 +213,7 @@ class DraftLengths:
 
     def observe_search(self, num_requests: int, seconds: float) -> None:
         """Take note of the time in which the drafter found nothing for any of ``num_requests`` requests."""
+        seconds = min(seconds, self._plain)  # what takes longer than a step was disturbed by something else
         self._ask_seconds += _STEP_SHARE * (seconds / num_requests - self._ask_seconds)
         self._lost += seconds
 
