@@ -11,9 +11,11 @@ from transformers import DynamicCache
 
 from kvbuffer import LLM, SamplingParams
 from kvbuffer.errors import ConfigError, ModelError
+from kvbuffer.train import mtp
 from kvbuffer.train.checkpoints import read_checkpoint
 from kvbuffer.train.model import build
 from kvbuffer.train.mtp import MtpHead, MtpOptions, train_mtp
+from kvbuffer.train.optim import descend
 from kvbuffer.train.run import run
 from tests.support.checkpoints import VOCAB_SIZE
 from tests.support.training import config_of, scattered, tiny_options
@@ -70,3 +72,22 @@ def test_what_cannot_have_a_head_is_named(data: Path, tmp_path: Path) -> None:
         train_mtp(tmp_path / "run" / "model", data, tmp_path, MtpOptions())
     with pytest.raises(ConfigError, match="drafts"):
         train_mtp(tmp_path / "run" / "model", data, tmp_path / "out", MtpOptions(drafts=0))
+
+
+def test_cut_off_it_goes_on_and_ends_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tiny_options(data, tmp_path / "run", "qwen3_next", method="scratch", steps=1), show_progress=False)
+    source, out = tmp_path / "run" / "model", tmp_path / "cut-off"
+    options = MtpOptions(steps=7, batch_size=2, seq_len=16, save_every=2, eval_sequences=4)
+    whole = train_mtp(source, data, tmp_path / "whole", options)
+    with monkeypatch.context() as patch:
+        steps = iter(range(5))
+        patch.setattr(mtp, "descend", lambda *args: (next(steps), descend(*args)))
+        with pytest.raises(StopIteration):
+            train_mtp(source, data, out, options)
+    assert not out.exists()
+    with pytest.raises(ConfigError, match="steps was 7, is 8; remove it to start over"):
+        train_mtp(source, data, out, replace(options, steps=8))
+    assert train_mtp(source, data, out, options) == whole
+    expected, parameters = read_checkpoint(tmp_path / "whole").parameters, read_checkpoint(out).parameters
+    assert all(torch.equal(tensor, parameters[name]) for name, tensor in expected.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut-off", "run", "whole"]

@@ -114,11 +114,15 @@ class TrainConfig:
         Raises:
             ConfigError: they differ in more than how the run is kept and shown.
         """
-        now = self.as_json()
-        changed = [name for name, value in now.items() if name not in PRESENTATION and earlier.get(name) != value]
-        if changed:
-            differences = ", ".join(f"{name} was {earlier.get(name)!r}, is {now[name]!r}" for name in changed)
-            raise ConfigError(f"{self.out} holds a run with other options: {differences}; give another folder")
+        now = {name: value for name, value in self.as_json().items() if name not in PRESENTATION}
+        if changed := differences(earlier, now):
+            raise ConfigError(f"{self.out} holds a run with other options: {changed}; give another folder")
+
+
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return in words which of the options ``now`` had other values ``earlier``; empty if none."""
+    changed = [name for name, value in now.items() if earlier.get(name) != value]
+    return ", ".join(f"{name} was {earlier.get(name)!r}, is {now[name]!r}" for name in changed)
 
 
 def read_options(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ EVAL_EVERY = 100
 EVAL_SEQUENCES = 64
 MTP_STEPS = 400
 MTP_DRAFTS = 3
+MTP_SAVE_EVERY = 20
 VOCAB_SIZE = 4096
 HELD_OUT = 0.02
 PATTERNS = ("*.txt", "*.md", "*.rst", "*.py", "*.jsonl")

@@ -8,7 +8,7 @@ ahead of what the model has computed.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from kvbuffer.train.checkpoints import Checkpoint, read_checkpoint, write_checkp
 from kvbuffer.train.data import IGNORED, Batch, Batches, held_out_batches
 from kvbuffer.train.model import load
 from kvbuffer.train.optim import Optimizers, descend, learning_rate
+from kvbuffer.train.savepoint import Savepoint
 from kvbuffer.train.workers import Workers
 
 #: Places of a batch, of those that count, whose distributions are compared in a step.
@@ -44,6 +45,7 @@ class MtpOptions:
     lr: float = defaults.LR
     drafts: int = defaults.MTP_DRAFTS
     seed: int = 0
+    save_every: int = defaults.MTP_SAVE_EVERY
     eval_sequences: int = defaults.EVAL_SEQUENCES
 
 
@@ -151,6 +153,8 @@ def acceptance(model: Any, head: MtpHead, batches: list[Batch], drafts: int) -> 
 def train_mtp(source: Path, data: Path, out: Path, options: MtpOptions) -> list[float]:
     """Write checkpoint ``source`` with a new head to ``out``; return the head's :func:`acceptance` on held-out text.
 
+    A training that was cut off goes on at its last savepoint, and ends with the same head as if it had not been.
+
     Args:
         source: checkpoint folder; a head that it has is replaced.
         data: folder made by ``kvbuffer train prepare`` with the checkpoint's tokenizer.
@@ -158,29 +162,38 @@ def train_mtp(source: Path, data: Path, out: Path, options: MtpOptions) -> list[
         options: how to train.
 
     Raises:
-        ConfigError: ``out`` exists, or options or data cannot be used.
+        ConfigError: ``out`` exists, or options or data cannot be used, or the savepoint is of other options.
         ModelError: the checkpoint cannot be read, or has no such head.
         KVBufferError: the loss is not finite.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; remove it or give another folder")
-    if options.steps < 1 or not 1 <= options.drafts < options.seq_len // 2:
-        raise ConfigError(f"steps ({options.steps}) and drafts ({options.drafts}) must be at least 1, drafts few")
+    if min(options.steps, options.save_every) < 1 or not 1 <= options.drafts < options.seq_len // 2:
+        raise ConfigError(
+            f"steps ({options.steps}), save_every ({options.save_every}) and drafts ({options.drafts}) must be at "
+            f"least 1, and drafts fewer than half of seq_len ({options.seq_len})"
+        )
     torch.manual_seed(options.seed)
     checkpoint = read_checkpoint(source)
     model = load(source).eval().requires_grad_(False)
     head = MtpHead(model).train().requires_grad_(True)
     optimizers = Optimizers(head, "muon", options.lr, weight_decay=0.0)
     batches = Batches(data, options.seq_len, options.batch_size, options.seed)
-    for step in track(range(options.steps), "Training the head"):
+    inputs = {"source": str(source.resolve()), "data": str(data.resolve())}
+    savepoint = Savepoint(out, {**inputs, **asdict(options)}, head, optimizers)
+    done = savepoint.resume()
+    for step in track(range(done, options.steps), "Training the head", total=options.steps, completed=done):
         batch = batches.batch(step)
         passes = _passes(model, head, batch, options.drafts, _generated(batch, options.drafts))
         loss = torch.stack([made.loss for made in passes]).mean()
         share = learning_rate(step, options.steps, warmup=20, decay=0.5)
         descend(head, optimizers, loss, loss, share, defaults.CLIP, Workers())
+        if (step + 1) % options.save_every == 0:
+            savepoint.save(step + 1)
     dtype = checkpoint.parameters["model.norm.weight"].dtype
     tensors = {name: x for name, x in checkpoint.parameters.items() if not name.startswith("mtp.")}
     tensors |= {f"mtp.{name}": x.detach().to(dtype).contiguous() for name, x in head.named_parameters()}
     write_checkpoint(out, Checkpoint(checkpoint.config, tensors), source)
+    savepoint.remove()
     kept = held_out_batches(data, options.seq_len, options.batch_size, options.eval_sequences)
     return acceptance(model, head.eval(), kept, options.drafts)
