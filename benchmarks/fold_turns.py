@@ -26,7 +26,7 @@ from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.engine import Engine
 
 
-def all_that_are_due(overdue: npt.NDArray[np.int32], buffer_len: int, num_records: int) -> set[int]:
+def all_that_are_due(overdue: npt.NDArray[np.int32], num_filled: float) -> set[int]:
     """What :func:`kvbuffer.engine.forms.folds_due` would be without taking turns."""
     return set(np.flatnonzero(overdue >= 0).tolist())
 

@@ -330,13 +330,26 @@ class TestForms:
         assert max(folds) == 1
         assert sum(folds) >= 8 * 4
 
+    def test_buffers_are_longer_only_where_drafts_are_verified(self) -> None:
+        """What speculation leaves alone is computed as if there were none."""
+        layer, costs = LayerShape(GATED_DELTANET, 2, 4, 16, 32), Costs(Bandwidth(1e9, 1e9))
+        seen = []
+        for speculative in (False, True):
+            s = scheduler(buffer_len=16)
+            s.forms = FormPolicy(layer, costs, None, 0, 8, speculative)
+            s.add(request("a", 40, max_tokens=40))
+            seen.append([(forms(batch), s.num_folds) for batch in steps(s)])
+        assert seen[0] == seen[1]
+        assert s.forms.buffer_len(1) < s.forms.verify_len(1) == s.forms.longest_buffer == 16
+        assert s.num_folds > 40 // 16 + 1
+
 
 def test_folds_due_are_the_most_overdue_and_keep_pace() -> None:
     def due(*overdue: int) -> set[int]:
-        return folds_due(np.array(overdue, np.int32), 4, len(overdue))
+        return folds_due(np.array(overdue, np.int32), len(overdue) / 4)
 
     assert due() == set()
     assert due(-1, -2) == set()
     assert due(0, 3, 1) == {1}
     assert due(*[5] * 9) == {0, 1, 2}
-    assert folds_due(np.array([5] * 9, np.int32), 4, 9 + 8) == {0, 1, 2, 3, 4}  # with drafts
+    assert folds_due(np.array([5] * 9, np.int32), (9 + 8) / 4) == {0, 1, 2, 3, 4}  # with drafts

@@ -48,7 +48,7 @@ class FormPolicy:
         largest_batch: int,
         speculative: bool = False,
     ) -> None:
-        self._fixed, self._speculative = buffer_len, speculative
+        self._fixed = buffer_len
         lengths = [m for m in BUFFER_LENGTHS if m <= LONGEST_BUFFER]
 
         @cache
@@ -58,7 +58,8 @@ class FormPolicy:
 
         self._cheapest = cheapest
         sizes = {1 << n for n in range(largest_batch.bit_length())} | {largest_batch}
-        self.longest_buffer = max(1, *(self.fold_len(size) for size in sizes))
+        length = self.verify_len if speculative else self.buffer_len
+        self.longest_buffer = max(1, *map(length, sizes))
         self.kv_only_len = _kv_only_len(shape, costs, lengths) if kv_only_len is None else kv_only_len
 
     @classmethod
@@ -83,16 +84,13 @@ class FormPolicy:
             return self._fixed
         return self._cheapest(_rounded(batch))
 
-    def fold_len(self, batch: int) -> int:
-        """Return how many records a request of such a batch has before they are folded.
+    def verify_len(self, batch: int) -> int:
+        """Return how many records a request of such a batch has before they are folded, where it verifies drafts.
 
-        It is :meth:`buffer_len`, unless drafts are verified and that is short, or 0 because the plain recurrence is
-        cheaper.
+        It is :meth:`buffer_len`, unless that is short, or 0 because the plain recurrence is cheaper.
         """
         length = self.buffer_len(batch)
-        if not self._speculative or self._fixed is not None:
-            return length
-        return max(length, _LEAST_VERIFY_BUFFER)
+        return length if self._fixed is not None else max(length, _LEAST_VERIFY_BUFFER)
 
 
 def _rounded(batch: int) -> int:
@@ -100,7 +98,7 @@ def _rounded(batch: int) -> int:
     return 1 << (batch - 1).bit_length() if batch > 1 else 1
 
 
-def folds_due(overdue: npt.NDArray[np.int32], buffer_len: int, num_records: int) -> set[int]:
+def folds_due(overdue: npt.NDArray[np.int32], num_filled: float) -> set[int]:
     """Return which of the requests of a step fold: the fullest of those that are due, as many as keep pace.
 
     Where a step writes n records, n / m buffers of m tokens have to be folded. No more than that are let fold at once,
@@ -108,12 +106,11 @@ def folds_due(overdue: npt.NDArray[np.int32], buffer_len: int, num_records: int)
 
     Args:
         overdue: for each request of the step, by how many records its buffer is longer than it should become.
-        buffer_len: m; 0 lets all fold that are due.
-        num_records: n.
+        num_filled: buffers that the records of the step fill, parts of them added up.
     """
     due = np.flatnonzero(overdue >= 0)
     due = due[np.argsort(-overdue[due], kind="stable")]
-    return set(due[: math.ceil(num_records / max(1, buffer_len))].tolist())
+    return set(due[: math.ceil(num_filled)].tolist())
 
 
 def _kv_only_len(shape: LayerShape, costs: Costs, lengths: Sequence[int]) -> int:

@@ -195,11 +195,17 @@ class Scheduler:
         decoding = self.decoding
         rows = np.array([request.row for request in decoding], np.int32)
         num_states = int(np.count_nonzero(self.memory.slot[rows] >= 0))
-        recurrent, fold_len = self.forms.buffer_len(num_states) == 0, self.forms.fold_len(num_states)
-        limits = np.where(self.memory.slot[rows] >= 0, fold_len, self.forms.kv_only_len)
-        num_records = len(decoding) + sum(len(draft.token_ids) for draft in drafts.values())
-        due = folds_due(self.memory.fill[rows] - limits, fold_len, num_records)
-        left = np.flatnonzero((self.memory.slot[rows] >= 0) & (self.memory.fill[rows] > 0)).tolist()
+        recurrent, has_state = self.forms.buffer_len(num_states) == 0, self.memory.slot[rows] >= 0
+        num_records = np.array([1 + len(drafts.get(request, NO_DRAFT).token_ids) for request in decoding])
+        # Whoever drafts nothing is served as if nobody did. Where that is by the recurrence, a fold of the records that
+        # verification has left is a pass of its own, which can wait.
+        verifies = num_records > 1
+        if recurrent:
+            verifies |= np.array([request.num_draft_tokens > 0 for request in decoding], bool)
+        lengths = np.where(verifies, self.forms.verify_len(num_states), self.forms.buffer_len(num_states))
+        limits = np.where(has_state, lengths, self.forms.kv_only_len)
+        due = folds_due(self.memory.fill[rows] - limits, float(np.sum(num_records / np.maximum(lengths, 1))))
+        left = np.flatnonzero(has_state & (self.memory.fill[rows] > 0)).tolist()
         if recurrent and 2 * len(left) < num_states:
             # The records that verification has left to a few requests are not worth another call in every layer.
             due |= {i for i in left if decoding[i] not in drafts}

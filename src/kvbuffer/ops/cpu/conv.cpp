@@ -86,9 +86,13 @@ void convolve_block(const Conv& conv, T* pool, int64_t c0) {
       for (int64_t i = 0; i < num_past; ++i) past[i] = ring + (oldest + i) % R * C;
       const float* weight = conv.weight + (W - num_past - num_inputs) * C + c0;
       float* out = conv.out + (begin + t) * C + c0;
-      // Models have four taps: one token with all of its past, and a token behind others.
+      // Models have four taps: a token with all of its past, and the second, third and later ones behind it.
       if (num_past == 3 && num_inputs == 1)
         convolve(weight, C, past, Count<3>(), inputs, Count<1>(), n, out);
+      else if (num_past == 2 && num_inputs == 2)
+        convolve(weight, C, past, Count<2>(), inputs, Count<2>(), n, out);
+      else if (num_past == 1 && num_inputs == 3)
+        convolve(weight, C, past, Count<1>(), inputs, Count<3>(), n, out);
       else if (num_past == 0 && num_inputs == 4)
         convolve(weight, C, past, Count<0>(), inputs, Count<4>(), n, out);
       else
