@@ -242,7 +242,7 @@ def _rank(ranks: ProcessRanks, folder: Path, args: argparse.Namespace, turns: An
     options += [(f"groups of {n}, bypass {d}", groups_of(config, n, args.first), d) for n in SIZES for d in (0, 1)]
     options = [option for option in options if option[1] or option[0] == "layers split"]
     models = [
-        (Lockstep(folder, config, config.dtype, 1024, False, groups, bypass, ranks), groups)
+        (Lockstep(folder, config, config.dtype, 1024, False, groups, bypass, None, ranks), groups)
         for _, groups, bypass in options
     ]
     rows = []

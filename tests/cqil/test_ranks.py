@@ -19,6 +19,7 @@ from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.ranks import ProcessRanks
 from kvbuffer.errors import ConfigError
+from kvbuffer.models.adapter import Adapter, Factors
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.parallel import ShardedReader, shard_config
 from tests.cqil.test_serving import prompts_of
@@ -63,9 +64,13 @@ def fork(task: Path) -> tuple[int | None, ...]:
 
 
 def plan_file(folder: Path, tmp_path: Path, groups: tuple[tuple[int, ...], ...], bypass: int) -> Path | None:
+    """Return a plan with an adapter for a layer of either type; None for no groups."""
     if not groups:
         return None
-    CqilPlan(checkpoint_id(folder), groups, bypass).save(tmp_path / "plan.json")
+    shapes = {"model.layers.1.linear_attn.out_proj": (64, 128), "model.layers.5.self_attn.q_proj": (256, 64)}
+    adapter = Adapter({name: Factors(torch.ones(of[0], 1), torch.rand(1, of[1]) / 9) for name, of in shapes.items()})
+    adapter.save(tmp_path, str(folder))
+    CqilPlan(checkpoint_id(folder), groups, bypass, adapter=adapter).save(tmp_path / "plan.json")
     return tmp_path / "plan.json"
 
 
@@ -139,7 +144,7 @@ def test_parts_of_tensors_make_the_whole(sparse: Path, tmp_path: Path) -> None:
         parts = []
         for rank in range(2):
             ranks = type("Two", (), {"rank": rank, "size": 2})()
-            reader = ShardedReader(folder, torch.float32, (), False, config, ranks)
+            reader = ShardedReader(folder, torch.float32, (), False, None, config, ranks)
             conv = reader.take_float(f"{prefix}conv1d.weight", config.linear.conv_dim // 2, 1, 4)
             parts.append(conv.split(shard_config(config, 2).linear.conv_parts))
             with reader.whole():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from kvbuffer.cqil.text import TextModel
 from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.engine import Engine
 from kvbuffer.errors import ConfigError
+from kvbuffer.models.adapter import WEIGHTS_FILE, Adapter, Factors
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.decoder import Decoder
+from kvbuffer.models.weights import WeightReader
 from kvbuffer.train.checkpoints import read_checkpoint
 from kvbuffer.train.config import TrainConfig
 from kvbuffer.train.data import prepare
@@ -39,18 +42,29 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("name", "bypass"), [("dense", 0), ("dense", 2), ("sparse", 1)])
-def test_the_student_computes_what_is_served(name: str, bypass: int, request: pytest.FixtureRequest) -> None:
-    """Without training: with groups as the served model with a plan, without them as the served model."""
+def test_the_student_computes_what_is_served(
+    name: str, bypass: int, request: pytest.FixtureRequest, tmp_path: Path, rng: torch.Generator
+) -> None:
+    """Whatever it has learnt: with groups as the model with plan and adapter, without them as the model."""
     folder = request.getfixturevalue(name)
-    token_ids = torch.randint(3, VOCAB_SIZE, (2, 70), generator=torch.Generator().manual_seed(1))
-    model = Decoder(folder, ModelConfig.from_folder(folder), torch.float32, 128, show_progress=False)
-    text, student = TextModel(model, token_ids), Student(load(folder), GROUPS, bypass, rank=2)
+    token_ids = torch.randint(3, VOCAB_SIZE, (2, 70), generator=rng)
+    student = Student(load(folder), GROUPS, bypass, rank=2)
     with torch.no_grad():
+        for low_rank in student.adapters:
+            low_rank.up.normal_(0, 0.03, generator=rng)
         grouped, alone = student.logits(token_ids).flatten(0, 1), student.teacher_logits(token_ids).flatten(0, 1)
+    student.learned().save(tmp_path, "base")
+    adapted, text = (
+        TextModel(
+            Decoder(folder, ModelConfig.from_folder(folder), torch.float32, 128, False, adapter=adapter), token_ids
+        )
+        for adapter in (Adapter.load(tmp_path), None)
+    )
     # Random layers that follow each other blow up the differences of rounding.
-    assert error(grouped, model.lm_head(text.hidden(GROUPS, bypass))) < 1e-2
-    assert error(alone, model.lm_head(text.hidden())) < 1e-2
+    assert error(grouped, text.model.lm_head(adapted.hidden(GROUPS, bypass))) < 1e-2
+    assert error(alone, text.model.lm_head(text.hidden())) < 1e-2
     assert error(grouped, alone) > 0.1
+    assert error(grouped, text.model.lm_head(text.hidden(GROUPS, bypass))) > 0.1
 
 
 def test_adapters_alone_learn_and_reach_every_projection(sparse: Path) -> None:
@@ -86,6 +100,15 @@ def options_for(model: Path, data: Path, out: Path, **changes: Any) -> TrainConf
 
 
 @pytest.fixture(scope="module")
+def adapter(mtp_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recovered]:
+    """The same training as that of :func:`recovered`, kept as an adapter."""
+    out = tmp_path_factory.mktemp("out") / "adapter"
+    plan = CqilPlan(checkpoint_id(mtp_checkpoint), GROUPS, BYPASS)
+    options = options_for(mtp_checkpoint, data, out)
+    return out, recover(options, plan, rank=8, merge=False, show_progress=False)
+
+
+@pytest.fixture(scope="module")
 def recovered(mtp_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recovered]:
     out = tmp_path_factory.mktemp("out") / "new" / "model"
     plan = CqilPlan(checkpoint_id(mtp_checkpoint), GROUPS, BYPASS)
@@ -115,6 +138,49 @@ def test_the_new_checkpoint_is_served_with_its_plan(
             logits = student.logits(torch.tensor([prompt + output[:-1]]))[0, len(prompt) - 1 :]
         best = logits.max(-1).values
         assert torch.all(best - logits[range(12), output] <= 1e-4 * best.abs())
+
+
+def test_an_adapter_serves_what_the_merged_checkpoint_serves(
+    adapter: tuple[Path, Recovered], recovered: tuple[Path, Recovered], mtp_checkpoint: Path
+) -> None:
+    """The weights are the same, bit for bit, and so are tokens, also with a head that the adapter does not touch."""
+    assert adapter[1] == recovered[1]
+    size = sum(file.stat().st_size for file in adapter[0].iterdir())
+    assert size < 0.5 * (mtp_checkpoint / "model.safetensors").stat().st_size
+    reader = WeightReader(mtp_checkpoint, torch.float32, (), False, Adapter.load(adapter[0]))
+    for name, merged in read_checkpoint(recovered[0]).parameters.items():
+        assert torch.equal(reader.take(name, *merged.shape), merged)
+    reader.close()
+    settings = {"dtype": "float32", "max_model_len": 128, "memory": 64 << 20, "show_progress": False}
+    settings["speculative_config"] = {"method": "mtp", "num_speculative_tokens": 2}
+    tokens = []
+    for model, folder in ((mtp_checkpoint, adapter[0]), (recovered[0], recovered[0])):
+        engine = Engine.from_config(EngineConfig(model=str(model), cqil=folder / PLAN_FILE, **settings))
+        tokens.append(generate(engine, [list(range(3, 40)), [7, 9]], 12).tokens)
+    assert tokens[0] == tokens[1]
+
+
+def test_caches_know_the_adapter(adapter: tuple[Path, Recovered]) -> None:
+    plan = CqilPlan.load(adapter[0] / PLAN_FILE)
+    assert plan.adapter is not None
+    other = Adapter({"model.layers.0.mlp.up_proj": Factors(torch.ones(96, 1), torch.ones(1, 64))})
+    variants = [plan, dataclasses.replace(plan, adapter=None), dataclasses.replace(plan, adapter=other)]
+    assert len({variant.identity for variant in variants}) == 3
+
+
+def test_plan_and_adapter_belong_together(adapter: tuple[Path, Recovered], tmp_path: Path) -> None:
+    shutil.copytree(adapter[0], tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / PLAN_FILE).read_text())
+    (tmp_path / PLAN_FILE).write_text(json.dumps({**content, "groups": [[1, 2]]}))
+    with pytest.raises(ConfigError, match="is not that of the CQIL plan"):
+        CqilPlan.load(tmp_path / PLAN_FILE)
+    (tmp_path / PLAN_FILE).write_text(json.dumps(content))
+    Adapter({"a": Factors(torch.ones(2, 1), torch.ones(1, 2))}).save(tmp_path, "another")
+    with pytest.raises(ConfigError, match="is not that of the CQIL plan"):
+        CqilPlan.load(tmp_path / PLAN_FILE)
+    (tmp_path / WEIGHTS_FILE).unlink()
+    with pytest.raises(ConfigError, match="cannot read the adapter"):
+        CqilPlan.load(tmp_path / PLAN_FILE)
 
 
 def test_all_else_of_the_checkpoint_is_kept(recovered: tuple[Path, Recovered], mtp_checkpoint: Path) -> None:
@@ -163,3 +229,7 @@ def test_the_command(mtp_checkpoint: Path, data: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "KL from the model without the plan" in done.output
     assert json.loads((tmp_path / "out" / PLAN_FILE).read_text())["model"] == checkpoint_id(tmp_path / "out")
+    arguments[2] = tmp_path / "adapter"
+    done = CliRunner().invoke(app, ["cqil", "recover", *map(str, arguments), "--adapter"])
+    assert f"kvbuffer serve {mtp_checkpoint} --cqil {tmp_path / 'adapter' / PLAN_FILE}" in " ".join(done.output.split())
+    assert CqilPlan.load(tmp_path / "adapter" / PLAN_FILE).model == checkpoint_id(mtp_checkpoint)

@@ -139,12 +139,15 @@ def plan(
 def recover(
     model: Model,
     data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder made by kvbuffer train prepare.")],
-    out: Annotated[Path, typer.Argument(help="Checkpoint folder to write; must not exist.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     plan: Annotated[Path, typer.Option(dir_okay=False, help="Plan made by kvbuffer cqil plan.")],
     steps: Annotated[int, typer.Option(help="Training steps.")] = 500,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters (LoRA).")] = 32,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write the adapters alone, not a checkpoint to which they are added.")
+    ] = False,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     warmup: Annotated[int, typer.Option(help="Steps of rising learning rate.")] = 20,
     decay: Annotated[float, typer.Option(help="Share of the steps in which the rate falls.")] = 0.3,
@@ -153,7 +156,7 @@ def recover(
     eval_sequences: Annotated[int, typer.Option(help="Held-out sequences to evaluate.")] = 64,
     threads: Threads = None,
 ) -> None:
-    """Train MODEL on DATA to make good what a plan costs in quality; OUT gets the new checkpoint and its plan."""
+    """Train MODEL on DATA to make good what a plan costs in quality; OUT gets checkpoint or adapter, and plan."""
     from kvbuffer.cqil.plan import CqilPlan
     from kvbuffer.cqil.recover import PLAN_FILE
     from kvbuffer.cqil.recover import recover as train
@@ -167,12 +170,12 @@ def recover(
         optimizer="adamw", lr=lr, weight_decay=0.0, warmup=warmup, decay=decay, precision=precision, seed=seed,
         eval_sequences=eval_sequences,
     )  # fmt: skip
-    before, after = train(options, CqilPlan.load(plan), rank)
+    before, after = train(options, CqilPlan.load(plan), rank, merge=not adapter)
     print(f"KL from the model without the plan: {before.kl:.4f} -> {after.kl:.4f} nats")
     print(f"held-out loss: {before.loss:.4f} -> {after.loss:.4f}")
     print(f"same next token: {before.agreement:.1%} -> {after.agreement:.1%}")
     print(f"right next token: {before.accuracy:.1%} -> {after.accuracy:.1%}")
-    print(f"to serve it: kvbuffer serve {out} --cqil {out / PLAN_FILE}")
+    print(f"to serve it: kvbuffer serve {model if adapter else out} --cqil {out / PLAN_FILE}")
 
 
 def parse_groups(text: str) -> tuple[tuple[int, ...], ...]:

@@ -2,18 +2,15 @@
 
 A plan makes a model compute something else than it was trained for. Adapters on all its projections (LoRA) learn to
 make the grouped model's next-token distributions those of the same weights without groups, over a text: the loss is
-their divergence (Zou et al., ACL 2024). They are added to the weights at the end, since the server knows no adapters;
-the new checkpoint is for this plan alone.
+their divergence (Zou et al., ACL 2024). At the end they are written beside the plan, to be added to the weights by who
+serves it, or are added to make a new checkpoint; either is for this plan alone.
 """
 
 from __future__ import annotations
 
-import re
-import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +21,10 @@ from kvbuffer.cqil.plan import CqilPlan
 from kvbuffer.cqil.student import Student
 from kvbuffer.cqil.text import Quality, Tally
 from kvbuffer.errors import ConfigError
+from kvbuffer.models.adapter import Adapter
 from kvbuffer.models.config import ModelConfig
-from kvbuffer.models.mtp import WEIGHTS as MTP_WEIGHTS
 from kvbuffer.tokenizer import Tokenizer
-from kvbuffer.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from kvbuffer.train.checkpoints import Checkpoint, new_folder, read_checkpoint, write_checkpoint
 from kvbuffer.train.config import TrainConfig
 from kvbuffer.train.data import IGNORED, Batch, Batches, held_out_batches, read_info
 from kvbuffer.train.model import load
@@ -35,7 +32,7 @@ from kvbuffer.train.optim import Optimizers, descend, learning_rate
 from kvbuffer.train.progress import Progress
 from kvbuffer.train.workers import workers
 
-#: The plan's file in the folder of a recovered checkpoint.
+#: The plan's file in the folder that recovery writes.
 PLAN_FILE = "cqil.json"
 
 
@@ -46,15 +43,18 @@ class Recovered(NamedTuple):
     after: Quality
 
 
-def recover(options: TrainConfig, plan: CqilPlan, rank: int, show_progress: bool = True) -> Recovered:
+def recover(
+    options: TrainConfig, plan: CqilPlan, rank: int, merge: bool = True, show_progress: bool = True
+) -> Recovered:
     """Train the checkpoint ``options.model`` to compute its layers as ``plan`` groups them.
 
-    Writes the new checkpoint to ``options.out``, and the plan for it into that folder, as :data:`PLAN_FILE`.
+    Writes the new checkpoint or the adapters to ``options.out``, and the plan into that folder, as :data:`PLAN_FILE`.
 
     Args:
         options: as for training; stages, methods and checkpoints on the way do not apply.
         plan: with at least one group.
         rank: of the adapters.
+        merge: add the adapters to the weights and write a new checkpoint; otherwise write the adapters alone.
         show_progress: draw a progress bar.
 
     Raises:
@@ -81,7 +81,9 @@ def recover(options: TrainConfig, plan: CqilPlan, rank: int, show_progress: bool
                 progress.update("recovering", {"total": step + 1, "loss": kl, "seconds": seconds})
         found = Recovered(before, quality(student, held_out))
         if processes.is_first:
-            _write(options, plan, student.merge(), found)
+            measured = {name: value._asdict() for name, value in found._asdict().items()}
+            write = _write_checkpoint if merge else _write_adapter
+            write(options, replace(plan, measured=measured), student.learned())
         processes.wait()
     return found
 
@@ -117,19 +119,15 @@ def _check(options: TrainConfig, plan: CqilPlan) -> None:
         )
 
 
-def _write(options: TrainConfig, plan: CqilPlan, model: Any, found: Recovered) -> None:
-    """Write the merged model as the checkpoint was: with its dtypes, and with what transformers does not load of it."""
+def _write_checkpoint(options: TrainConfig, plan: CqilPlan, adapter: Adapter) -> None:
     source = read_checkpoint(options.model)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:
-        model.save_pretrained(folder)
-        merged = read_checkpoint(Path(folder)).parameters
-    kept = {name: tensor for name, tensor in source.parameters.items() if re.match(MTP_WEIGHTS, name)}
-    dtype = ModelConfig.from_folder(options.model).dtype
-    parameters = {
-        name: tensor.to(source.parameters[name].dtype if name in source.parameters else dtype)
-        for name, tensor in merged.items()
-    }
-    write_checkpoint(options.out, Checkpoint(source.config, {**kept, **parameters}), options.model)
-    measured = {name: value._asdict() for name, value in found._asdict().items()}
-    replace(plan, model=checkpoint_id(options.out), measured=measured).save(options.out / PLAN_FILE)
+    adapter.check(lambda name: tuple(source.parameters[name].shape) if name in source.parameters else ())
+    parameters = {name: adapter.add_to(name, tensor) for name, tensor in source.parameters.items()}
+    write_checkpoint(options.out, Checkpoint(source.config, parameters), options.model)
+    replace(plan, model=checkpoint_id(options.out), adapter=None).save(options.out / PLAN_FILE)
+
+
+def _write_adapter(options: TrainConfig, plan: CqilPlan, adapter: Adapter) -> None:
+    with new_folder(options.out) as folder:
+        adapter.save(folder, str(options.model))
+        replace(plan, adapter=adapter).save(folder / PLAN_FILE)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kvbuffer.cqil.reference import combine
+from kvbuffer.models.adapter import Adapter, Factors
 
 #: Parameters that get an adapter: all projections. Routers, embeddings and the output layer stay as they are.
 _PROJECTION = re.compile(r"_proj\w*(\.weight)?$")
@@ -23,7 +24,7 @@ class LowRank(nn.Module):
 
     Args:
         weight: [..., rows, columns]; each matrix of a stack gets an adapter of its own.
-        rank: r, at most as many as the weight has rows or columns.
+        rank: r.
 
     Attributes:
         enabled: whether anything is added.
@@ -34,7 +35,6 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
         *stack, rows, columns = weight.shape
-        rank = min(rank, rows, columns)
         self.enabled = True
         self.up = nn.Parameter(torch.zeros(*stack, rows, rank))
         self.down = nn.Parameter(torch.empty(*stack, rank, columns).uniform_(-1, 1) * columns**-0.5)
@@ -59,14 +59,15 @@ class Student:
 
     def __init__(self, model: Any, groups: Sequence[tuple[int, ...]], bypass: int, rank: int) -> None:
         self.model, self._groups, self._bypass = model.requires_grad_(False), groups, bypass
-        self._adapted = [
-            (module, name)
+        adapted = [
+            (f"{path}.{name}", module, name)
             for path, module in model.named_modules()
             for name, weight in module.named_parameters(recurse=False)
             if weight.ndim >= 2 and _PROJECTION.search(f"{path}.{name}")
         ]
-        self.adapters = nn.ModuleList(LowRank(getattr(*at), rank) for at in self._adapted)
-        for (module, name), adapter in zip(self._adapted, self.adapters, strict=True):
+        self._names = [full for full, _, _ in adapted]
+        self.adapters = nn.ModuleList(LowRank(getattr(module, name), rank) for _, module, name in adapted)
+        for (_, module, name), adapter in zip(adapted, self.adapters, strict=True):
             parametrize.register_parametrization(module, name, adapter)
 
     def logits(self, token_ids: Tensor) -> Tensor:
@@ -83,11 +84,20 @@ class Student:
         finally:
             self._enable(True)
 
-    def merge(self) -> Any:
-        """Return the model with the adapters added to its weights; nothing more can be learnt."""
-        for module, name in self._adapted:
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        return self.model
+    def learned(self) -> Adapter:
+        """Return what has been learnt, for the checkpoint that the model is from."""
+        factors: dict[str, Factors] = {}
+        for name, low_rank in zip(self._names, self.adapters, strict=True):
+            up, down = low_rank.up.detach(), low_rank.down.detach()  # type: ignore[operator]
+            if up.ndim == 2:
+                factors[name.removesuffix(".weight")] = Factors(up, down)
+                continue
+            # A stack of experts, whose gates and ups may be in one matrix.
+            prefix, kinds = name.rpartition(".")[0], name.rpartition(".")[2].removesuffix("_proj").split("_")
+            for expert, own in enumerate(up):
+                for kind, rows in zip(kinds, own.chunk(len(kinds)), strict=True):
+                    factors[f"{prefix}.{expert}.{kind}_proj"] = Factors(rows, down[expert])
+        return Adapter(factors)
 
     def _logits(self, token_ids: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=token_ids, use_cache=False).logits

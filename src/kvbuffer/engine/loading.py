@@ -41,7 +41,7 @@ def follow_engine(config: EngineConfig) -> None:
 
 
 def load_plan(path: Path | None, folder: Path, model_config: ModelConfig) -> CqilPlan:
-    """Return the plan in a file, checked; the one of no groups for None.
+    """Return the plan in a file, with its adapter if it has one, checked; the one of no groups for None.
 
     Raises:
         ConfigError: the plan does not fit the model.
@@ -62,7 +62,7 @@ def build_model(
     ranks: ProcessRanks | None,
 ) -> Decoder:
     """Return this process's model."""
-    options = (plan.dtype, plan.max_model_len, config.show_progress, cqil.groups, cqil.bypass)
+    options = (plan.dtype, plan.max_model_len, config.show_progress, cqil.groups, cqil.bypass, cqil.adapter)
     if ranks is None:
         return Decoder(folder, model_config, *options)
     return ParallelDecoder(folder, model_config, *options, ranks)

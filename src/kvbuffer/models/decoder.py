@@ -13,6 +13,7 @@ from torch import Tensor
 from kvbuffer.cache.shapes import run_order
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.models import mtp, qwen3_5, qwen3_next
+from kvbuffer.models.adapter import Adapter
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.group import read_group
 from kvbuffer.models.inputs import ModelInputs
@@ -59,12 +60,13 @@ class Decoder:
         show_progress: draw a progress bar while loading.
         groups: layers that are computed at once, of one type each; see :mod:`kvbuffer.models.group`.
         bypass: how many layers back the MLPs of a group see.
+        adapter: is added to the weights.
 
     Attributes:
         mtp: the multi-token-prediction head; None unless the configuration asks for it.
 
     Raises:
-        ModelError: the weights do not fit the configuration, or there is no such head.
+        ModelError: the weights do not fit the configuration, the adapter does not fit them, or there is no such head.
     """
 
     def __init__(
@@ -76,8 +78,9 @@ class Decoder:
         show_progress: bool = True,
         groups: Sequence[tuple[int, ...]] = (),
         bypass: int = 0,
+        adapter: Adapter | None = None,
     ) -> None:
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self._adapter = config, dtype, adapter
         layout = LAYOUTS[config.layout]
         ignored = layout.IGNORED if config.with_mtp else (*layout.IGNORED, mtp.WEIGHTS)
         reader = self._open(folder, ignored, show_progress)
@@ -99,7 +102,7 @@ class Decoder:
             reader.close()
 
     def _open(self, folder: Path, ignored: Sequence[str], show_progress: bool) -> WeightReader:
-        return WeightReader(folder, self.dtype, ignored, show_progress)
+        return WeightReader(folder, self.dtype, ignored, show_progress, self._adapter)
 
     def _head(self, weight: Tensor) -> Linear:
         return Linear(weight)

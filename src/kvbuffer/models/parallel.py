@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.errors import ConfigError
+from kvbuffer.models.adapter import Adapter
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.decoder import LAYOUTS, Decoder, DecoderLayer, Unit
 from kvbuffer.models.group import LayerGroup, banded, read_group
@@ -100,7 +101,7 @@ class ShardedReader(WeightReader):
     """A checkpoint of which one rank's part is asked for: tensors are cut where they are larger than asked.
 
     Args:
-        folder, dtype, ignored, show_progress: as for :class:`WeightReader`.
+        folder, dtype, ignored, show_progress, adapter: as for :class:`WeightReader`.
         config: of the whole model.
         ranks: the processes.
     """
@@ -111,10 +112,11 @@ class ShardedReader(WeightReader):
         dtype: torch.dtype,
         ignored: Sequence[str],
         show_progress: bool,
+        adapter: Adapter | None,
         config: ModelConfig,
         ranks: Ranks,
     ) -> None:
-        super().__init__(folder, dtype, ignored, show_progress)
+        super().__init__(folder, dtype, ignored, show_progress, adapter)
         self._config, self._ranks, self._cuts = config, ranks, True
 
     @contextmanager
@@ -217,7 +219,7 @@ class ParallelDecoder(Decoder):
     """One rank's part of a decoder. What rank 0 is asked to compute, it has the others compute with it.
 
     Args:
-        folder, dtype, max_model_len, show_progress, groups, bypass: as for :class:`Decoder`.
+        folder, dtype, max_model_len, show_progress, groups, bypass, adapter: as for :class:`Decoder`.
         config: of the whole model.
         ranks: the processes.
 
@@ -234,13 +236,16 @@ class ParallelDecoder(Decoder):
         show_progress: bool,
         groups: Sequence[tuple[int, ...]],
         bypass: int,
+        adapter: Adapter | None,
         ranks: Ranks,
     ) -> None:
         self.ranks, self.whole_config = ranks, config
-        super().__init__(folder, shard_config(config, ranks.size), dtype, max_model_len, show_progress, groups, bypass)
+        own = shard_config(config, ranks.size)
+        super().__init__(folder, own, dtype, max_model_len, show_progress, groups, bypass, adapter)
 
     def _open(self, folder: Path, ignored: Sequence[str], show_progress: bool) -> WeightReader:
-        return ShardedReader(folder, self.dtype, ignored, show_progress, self.whole_config, self.ranks)
+        adapter, config = self._adapter, self.whole_config
+        return ShardedReader(folder, self.dtype, ignored, show_progress, adapter, config, self.ranks)
 
     def _head(self, weight: Tensor) -> Linear:
         return GatheredHead(weight, self.ranks)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvbuffer.errors import ModelError
+from kvbuffer.models.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +71,21 @@ class WeightReader:
         dtype: floating-point tensors are converted to this.
         ignored: regular expressions of tensor names that are known but not used.
         show_progress: draw a progress bar.
+        adapter: is added to the tensors.
 
     Raises:
-        ModelError: no safetensors files, or files that cannot be read.
+        ModelError: no safetensors files, or files that cannot be read, or the adapter does not fit.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, ignored: Iterable[str], show_progress: bool) -> None:
-        self.folder, self.dtype = folder, dtype
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        ignored: Iterable[str],
+        show_progress: bool,
+        adapter: Adapter | None = None,
+    ) -> None:
+        self.folder, self.dtype, self._adapter = folder, dtype, adapter
         self._ignored = [re.compile(pattern) for pattern in ignored]
         self._problems: list[str] = []
         self._files = {}
@@ -87,6 +96,8 @@ class WeightReader:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read as safetensors: {error}") from None
             self._where.update(dict.fromkeys(self._files[path].keys(), path))
+        if adapter is not None:
+            adapter.check(self.shape_of)
         self._unused = {name for name in self._where if not any(p.search(name) for p in self._ignored)}
         self._progress = Progress(
             TextColumn("Loading weights"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -138,7 +149,7 @@ class WeightReader:
         if tuple(tensor.shape) != shape:
             self._problems.append(f"{name} has shape {list(tensor.shape)}, config.json implies {list(shape)}")
             return torch.zeros(shape)
-        return tensor
+        return tensor if self._adapter is None else self._adapter.add_to(name, tensor)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor as it is in the checkpoint; empty if it is not there."""
