@@ -52,6 +52,7 @@ def test_the_student_computes_what_is_served(
     with torch.no_grad():
         for low_rank in student.adapters:
             low_rank.up.normal_(0, 0.03, generator=rng)
+            low_rank.down.normal_(0, 0.1, generator=rng)
         grouped, alone = student.logits(token_ids).flatten(0, 1), student.teacher_logits(token_ids).flatten(0, 1)
     student.learned().save(tmp_path, "base")
     adapted, text = (
@@ -64,7 +65,7 @@ def test_the_student_computes_what_is_served(
     assert error(grouped, text.model.lm_head(adapted.hidden(GROUPS, bypass))) < 1e-2
     assert error(alone, text.model.lm_head(text.hidden())) < 1e-2
     assert error(grouped, alone) > 0.1
-    assert error(grouped, text.model.lm_head(text.hidden(GROUPS, bypass))) > 0.1
+    assert error(grouped, text.model.lm_head(text.hidden(GROUPS, bypass))) > 0.05
 
 
 def test_adapters_alone_learn_and_reach_every_projection(sparse: Path) -> None:
