@@ -63,11 +63,11 @@ def test_outer_layers_stay_alone(dense: Path) -> None:
 def test_the_budget_holds_and_more_of_it_buys_speed(text: TextModel) -> None:
     layers = sequences(text.model.config, everywhere=True)
     qualities = measure_candidates(text, layers, 4, 1, lambda _: None)
-    fastest = choose(text, layers, [SECONDS, SECONDS], qualities, 1, 1e9)
+    fastest = choose(text, layers, [SECONDS, SECONDS], qualities, 1, lambda _: True)
     assert fastest.seconds == 4.0
     before = 8.0
     for budget in (0.0, fastest.quality.kl / 4, fastest.quality.kl / 2, 1e9):
-        choice = choose(text, layers, [SECONDS, SECONDS], qualities, 1, budget)
+        choice = choose(text, layers, [SECONDS, SECONDS], qualities, 1, lambda q, most=budget: q.kl <= most)
         assert choice.quality == text.quality(choice.groups, 1)
         assert choice.quality.kl <= budget
         assert choice.seconds <= before
@@ -146,6 +146,13 @@ def test_commands(dense: Path, words: Path, tmp_path: Path) -> None:
     assert plan.bypass == 0  # with one, ranks would exchange more
     assert plan.measured["layers_ms"] < plan.measured["layers_ms_without"]
 
+    run(
+        "plan", dense, "--text", words, "--max-perplexity-increase", 0, "--rounds", 2, "--out", tmp_path / "strict.json"
+    )
+    strict = CqilPlan.load(tmp_path / "strict.json")
+    assert strict.measured["loss"] <= strict.measured["loss_without"]
+    assert strict.measured["max_perplexity_increase"] == 0
+
     run("plan", dense, "--groups", "0-2,4+6", "--out", tmp_path / "given.json")
     assert CqilPlan.load(tmp_path / "given.json").groups == ((0, 1, 2), (4, 6))
 
@@ -154,6 +161,9 @@ def test_errors_name_what_is_missing(dense: Path, words: Path, tmp_path: Path) -
     plan = ["cqil", "plan", str(dense), "--out", str(tmp_path / "plan.json")]
     with pytest.raises(ConfigError, match="--text is needed"):
         CliRunner().invoke(app, plan, catch_exceptions=False)
+    both = ["--text", str(words), "--budget", "0.1", "--max-perplexity-increase", "0.1"]
+    with pytest.raises(ConfigError, match="give one of them"):
+        CliRunner().invoke(app, [*plan, *both], catch_exceptions=False)
     with pytest.raises(ConfigError, match="fewer than a window of 9999"):
         CliRunner().invoke(app, [*plan, "--text", str(words), "--window", "9999"], catch_exceptions=False)
     with pytest.raises(ConfigError, match="cannot read the text"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,8 +70,12 @@ def plan(
     out: Annotated[Path, typer.Option(dir_okay=False, help="JSON file to write.")],
     text: Annotated[Path | None, typer.Option(dir_okay=False, help="As for profile; needed to choose.")] = None,
     budget: Annotated[
-        float, typer.Option(min=0.0, help="Most divergence from the model, KL in nats per token.")
-    ] = 0.05,
+        float | None, typer.Option(min=0.0, help="Most divergence from the model, KL in nats per token; default: 0.05.")
+    ] = None,
+    max_perplexity_increase: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="In place of --budget: by what share perplexity may rise, as in 0.02 for 2 %."),
+    ] = None,
     groups: Annotated[
         str | None, typer.Option(help="Groups as in 4-7,8-11 or 4+6+8,7+11: not chosen but taken from here.")
     ] = None,
@@ -109,6 +114,9 @@ def plan(
         return
     if text is None:
         raise ConfigError("--text is needed to choose groups: give a text, or the groups with --groups")
+    if budget is not None and max_perplexity_increase is not None:
+        raise ConfigError("--budget and --max-perplexity-increase are two ways to say the budget: give one of them")
+    most_kl = 0.05 if budget is None else budget
     decoder, windows = _load(model, dtype, text, tokens, window, threads)
     with Console(stderr=True).status("timing layers") as status:
         layers = sequences(config, all_layers)
@@ -116,15 +124,17 @@ def plan(
         exchange = exchange_seconds(ranks, batch * config.hidden_size, rounds) if ranks > 1 else 0.0
         model_text, choices = windows(decoder), []
         distances = range(max_group) if bypass is None else (bypass,)
+        within = _budget(model_text, most_kl, max_perplexity_increase)
         costs = {d: costs_on_ranks(alone, ranks, exchange, d) if ranks > 1 else alone for d in distances}
         for distance, seconds in costs.items():
             qualities = measure_candidates(model_text, layers, max_group, distance, _reports(status.update))
-            choices.append(choose(model_text, layers, seconds, qualities, distance, budget))
+            choices.append(choose(model_text, layers, seconds, qualities, distance, within))
         choice = min(choices, key=lambda choice: (choice.seconds, choice.quality.kl))
-        before = choose(model_text, layers, costs[choice.bypass], {}, choice.bypass, budget)
+        before = choose(model_text, layers, costs[choice.bypass], {}, choice.bypass, within)
     _show_choice(choice, before, costs[choice.bypass])
     measured = {
-        "budget": budget,
+        "budget": most_kl if max_perplexity_increase is None else None,
+        "max_perplexity_increase": max_perplexity_increase,
         **choice.quality._asdict(),
         "loss_without": before.quality.loss,
         "layers_ms": 1e3 * choice.seconds,
@@ -217,6 +227,14 @@ def _load(
     )
     decoder = Decoder(folder, config, weights, max(window, 256), show_progress=True)
     return decoder, lambda of: TextModel(of, windows)
+
+
+def _budget(text: TextModel, kl: float, perplexity_increase: float | None) -> Callable[[Quality], bool]:
+    """Return what says whether a quality is within the budget that was given."""
+    if perplexity_increase is not None:
+        most = text.quality(()).loss + math.log1p(perplexity_increase)
+        return lambda quality: quality.loss <= most
+    return lambda quality: quality.kl <= kl
 
 
 def _reports(update: Callable[[str], None]) -> Callable[[str], None]:

@@ -104,9 +104,9 @@ def choose(
     seconds: Sequence[Mapping[int, float]],
     qualities: Mapping[Group, Quality],
     bypass: int,
-    budget: float,
+    within: Callable[[Quality], bool],
 ) -> Choice:
-    """Return the fastest choice found whose measured divergence is at most ``budget`` nats.
+    """Return the fastest choice found whose measured quality is within the budget.
 
     Args:
         text: to measure on.
@@ -114,7 +114,7 @@ def choose(
         seconds: for each type, the cost of a group by its size; 1 for a layer alone; nothing where the model has none.
         qualities: of the candidate groups.
         bypass: D.
-        budget: nats per token.
+        within: whether a quality is within the budget.
     """
     costs = dict(zip(KINDS, seconds, strict=True))
     types = text.model.config.layer_types
@@ -128,14 +128,14 @@ def choose(
         return Choice(groups, bypass, before - saved, text.quality(groups, bypass))
 
     fastest = choice_at(0.0)
-    if fastest.quality.kl <= budget:
+    if within(fastest.quality):
         return fastest
     low, high = map(math.log, _PRICES)
-    best = choice_at(math.inf)
+    best = Choice((), bypass, before, text.quality(()))
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         choice = choice_at(math.exp(middle))
-        if choice.quality.kl <= budget:
+        if within(choice.quality):
             high, best = middle, min(best, choice, key=lambda c: c.seconds)
         else:
             low = middle
