@@ -25,7 +25,8 @@ def request(name: str) -> Request:
 class Simulation:
     """Requests whose tokens are accepted with given probabilities, on a machine of given costs.
 
-    A step with drafts may cost a ``fixed`` time besides, of which those who choose lengths know nothing.
+    A step with drafts may cost a ``fixed`` time besides, of which those who choose lengths know nothing. A drafter that
+    has not been asked about a request in the last step takes ``wake`` seconds to prepare.
 
     Attributes:
         tokens: generated so far, by request.
@@ -41,9 +42,11 @@ class Simulation:
         found: float = 1.0,
         ask: float = 0.0,
         fixed: float = 0.0,
+        wake: float = 0.0,
     ) -> None:
         self.acceptance, self.plain, self.per_token = acceptance, plain, per_token
-        self.found, self.ask, self.fixed = found, ask, fixed
+        self.found, self.ask, self.fixed, self.wake = found, ask, fixed, wake
+        self.awake: set[int] = set()
         self.lengths, self.random = DraftLengths(MOST), Random(1)
         self.requests = [request(str(i)) for i in range(len(acceptance))]
         self.tokens, self.drafted = [0] * len(acceptance), [0] * len(acceptance)
@@ -55,7 +58,13 @@ class Simulation:
 
     def step(self) -> None:
         asked, total, gained = 0, 0, sum(self.tokens)
-        for i, length in enumerate(self.lengths.choose(self.requests)):
+        chosen = self.lengths.choose(self.requests)
+        wanted = {i for i, length in enumerate(chosen) if length}
+        if self.wake and wanted - self.awake:
+            self.lengths.observe_preparation(len(wanted - self.awake), self.wake * len(wanted - self.awake))
+            self.seconds += self.wake * len(wanted - self.awake)
+        self.awake = wanted
+        for i, length in enumerate(chosen):
             self.tokens[i] += 1
             asked += length > 0
             if not length:
@@ -113,6 +122,15 @@ def test_what_turns_out_to_be_useless_has_cost_little_from_the_start(batch: int)
 def test_a_drafter_that_searches_in_vain_is_hardly_asked(batch: int) -> None:
     simulation = Simulation([0.9] * batch, plain=0.01, per_token=0.0001, found=0.0, ask=0.001 / batch)
     assert simulation.speed(skip=200, steps=2000) > 0.98
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_a_drafter_that_wakes_up_slowly_is_hardly_woken(batch: int) -> None:
+    """Nor is that taken for what a draft costs: once awake, it drafts where that pays."""
+    simulation = Simulation([0.1] * batch, plain=0.01, per_token=0.005 / batch, wake=0.01 / batch)
+    assert simulation.speed(skip=200, steps=2000) > 0.98
+    simulation.acceptance = [0.95] * batch
+    assert simulation.speed(skip=4000, steps=1000) > 1.15
 
 
 @pytest.mark.parametrize(("acceptance", "best"), [(0.5, 1.7), (0.7, 2.3), (0.9, 3.7)])

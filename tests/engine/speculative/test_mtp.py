@@ -44,20 +44,22 @@ class Reference:
         self.eps = self.model.config.rms_norm_eps
 
     @torch.inference_mode()
-    def drafts(self, token_ids: Sequence[int], count: int) -> list[int]:
-        """Return what the head guesses after ``token_ids``, one token after the other."""
+    def drafts(self, token_ids: Sequence[int], count: int, skipped: tuple[int, int] = (0, 0)) -> list[int]:
+        """Return what the head guesses after ``token_ids``, one token after the other; it has skipped some of them."""
         tokens = list(token_ids)
         hidden = self.model.model(torch.tensor([tokens[:-1]])).last_hidden_state[0]
         for _ in range(count):
-            out = self._head(tokens[1:], hidden)
+            out = self._head(tokens[1:], hidden, skipped)
             tokens.append(int(self.model.lm_head(out[-1]).argmax()))
             hidden = torch.cat([hidden, out[-1:]])
         return tokens[-count:]
 
-    def _head(self, tokens: Sequence[int], hidden: Tensor) -> Tensor:
+    def _head(self, tokens: Sequence[int], hidden: Tensor, skipped: tuple[int, int]) -> Tensor:
         embedded = self.model.get_input_embeddings()(torch.tensor(tokens))
         normed = [F.rms_norm(x, x.shape[-1:], w, self.eps) for x, w in zip((embedded, hidden), self.norms, strict=True)]
-        return self.layer.model(inputs_embeds=F.linear(torch.cat(normed, -1), self.fc)[None]).last_hidden_state[0]
+        inputs = F.linear(torch.cat(normed, -1), self.fc)[None]
+        seen = torch.tensor([i for i in range(len(tokens)) if not skipped[0] <= i < skipped[1]])
+        return self.layer.model(inputs_embeds=inputs[:, seen], position_ids=seen[None]).last_hidden_state[0]
 
 
 class Checked:
@@ -109,6 +111,58 @@ def test_drafts_that_are_wanted_only_now_and_then(path: Path, reference: Referen
     engine._speculator.draft = lambda requests: draft(requests if next(steps) % 7 == 6 else [])
     run(engine, PROMPTS, greedy(25))
     assert checked.count >= 2 * len(PROMPTS)
+
+
+class Sleeper:
+    """An engine whose head is asked for nothing until its requests have ``steps`` tokens."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self.engine, self.steps = drafting(path, slots=30, max_model_len=300), steps
+        self.drafter = self.engine._speculator.drafter
+        self.skipped: dict[str, tuple[int, int]] = {}
+        draft, self.prepare = self.engine._speculator.draft, self.drafter.prepare
+        self.engine._speculator.draft = lambda requests: draft([r for r in requests if r.num_output_tokens > steps])
+        self.drafter.prepare = self._prepare
+
+    def _prepare(self, requests: Sequence[Request]) -> int:
+        for request in requests:
+            if request.request_id not in self.skipped:
+                self.skipped[request.request_id] = request.num_prompt_tokens, self.drafter._waiting[request].begin
+        return self.prepare(requests)
+
+
+def test_a_head_that_has_slept_goes_on_as_if_the_text_between_were_not_there(path: Path, reference: Reference) -> None:
+    sleeper = Sleeper(path, steps=60)
+    propose, count = sleeper.drafter.propose, 0
+
+    def checked(requests: Sequence[Request], limits: Sequence[int]) -> list[Draft]:
+        nonlocal count
+        drafts = propose(requests, limits)
+        for request, draft in zip(requests, drafts, strict=True):
+            skipped = sleeper.skipped[request.request_id]
+            assert skipped[1] - skipped[0] >= 32
+            assert draft.token_ids == reference.drafts(request.token_ids, len(draft.token_ids), skipped)
+            count += 1
+        return drafts
+
+    sleeper.drafter.propose = checked
+    # Prompts that end with a page: where others end, the rest of the page is empty, but there.
+    run(sleeper.engine, [prompt[: len(prompt) // 16 * 16] for prompt in PROMPTS[2:]], greedy(70))
+    assert count > 10
+
+
+def test_requests_of_a_head_that_sleeps_say_the_same(path: Path) -> None:
+    """So do those that go on where they ended, and nothing that was in a page before gets into the head."""
+    sleeper, plain = Sleeper(path, steps=50), sized_engine(path, slots=30, pages=128, max_model_len=300)
+    forward, seen = sleeper.drafter.head.forward, []
+    sleeper.drafter.head.forward = lambda *given: seen.append(forward(*given)) or seen[-1]
+    for length in (30, 70):
+        said = run(sleeper.engine, PROMPTS, greedy(length)).tokens
+        assert said == run(plain, PROMPTS, greedy(length)).tokens
+        turns = [prompt + said[str(i)] + [7, 8, 9] for i, prompt in enumerate(PROMPTS)]
+        assert run(sleeper.engine, turns, greedy(60)).tokens == run(plain, turns, greedy(60)).tokens
+    assert all(bool(out.isfinite().all()) for out in seen)
+    assert sleeper.engine.stats.speculative.num_draft_tokens > 0
 
 
 def test_drafts_after_a_cached_prefix(path: Path, reference: Reference) -> None:

@@ -76,6 +76,17 @@ class Drafter(ABC):
 
     needs_hidden = False
 
+    def prepare(self, requests: Sequence[Request]) -> int:
+        """Make up for what was put off while no drafts were wanted.
+
+        Args:
+            requests: those that drafts are wanted for now.
+
+        Returns:
+            For how many of them there was anything to make up for.
+        """
+        return 0
+
     @abstractmethod
     def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Draft]:
         """Guess what follows all known tokens of each request.

@@ -116,6 +116,7 @@ class DraftLengths:
     _histories: dict[Request, _History] = field(default_factory=dict)
     _acceptance: float = _FIRST_GUESS
     _ask_seconds: float = 0.0
+    _preparation: float = 0.0  # seconds that a request takes of the drafter which it has not drafted for lately
     _plain: float = 0.0  # seconds of a step without drafts, for the requests that lengths were last chosen for
     _lost: float = 0.0  # seconds lost by drafting, less those that may be
     _step: int = 0
@@ -142,7 +143,7 @@ class DraftLengths:
         if not cost.num_drafted:
             return [min(length, _FIRST_LENGTH) for length in lengths]
         # What a try costs, in tokens that could have been generated meanwhile; and in how many steps these are saved.
-        lost = (cost.per_token + self._ask_seconds) * len(requests) / cost.plain
+        lost = (cost.per_token + self._ask_seconds + self._preparation) * len(requests) / cost.plain
         interval = lost / _TRY_SHARE
         for i, history in enumerate(histories):
             if not lengths[i] and self._step > history.tried + interval:
@@ -215,6 +216,13 @@ class DraftLengths:
         """Take note of the time in which the drafter found nothing for any of ``num_requests`` requests."""
         seconds = min(seconds, self._plain)  # what takes longer than a step was disturbed by something else
         self._ask_seconds += _STEP_SHARE * (seconds / num_requests - self._ask_seconds)
+        self._lost += seconds
+
+    def observe_preparation(self, num_requests: int, seconds: float) -> None:
+        """Take note of the time in which the drafter prepared for requests that it had not drafted for lately."""
+        seconds = min(seconds, self._plain * num_requests)
+        share = _TRIAL_SHARE if self._preparation else 1.0
+        self._preparation += share * (seconds / num_requests - self._preparation)
         self._lost += seconds
 
     def forget(self, request: Request) -> None:

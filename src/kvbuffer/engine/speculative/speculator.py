@@ -67,11 +67,16 @@ class Speculator:
         began = time.perf_counter()
         limits = self._limits(requests)
         drafts: dict[Request, Draft] = {}
+        preparing = 0.0
         if limits:
+            num_prepared = self.drafter.prepare(list(limits))
+            if num_prepared and self._lengths is not None:
+                preparing = time.perf_counter() - began
+                self._lengths.observe_preparation(num_prepared, preparing)
             proposed = zip(limits, self.drafter.propose(list(limits), list(limits.values())), strict=True)
             drafts = {request: draft for request, draft in proposed if draft.token_ids}
-        self._seconds = time.perf_counter() - began
-        self.stats.draft_seconds += self._seconds
+        self._seconds = time.perf_counter() - began - preparing
+        self.stats.draft_seconds += preparing + self._seconds
         if self._lengths is not None and limits:
             for request in limits:
                 if request not in drafts:
@@ -144,9 +149,11 @@ def _committed(batch: Sequence[Segment], accepted: Mapping[Request, list[int]]) 
     for segment in batch:
         end = row + segment.num_tokens
         drafts = end - len(segment.draft.token_ids)
-        rows.setdefault(segment.request, []).extend(range(row, drafts))
+        own = [*range(row, drafts)]
         if drafts < end:
-            rows[segment.request].extend(drafts + place for place in accepted[segment.request])
+            own += [drafts + place for place in accepted[segment.request]]
+        # A prompt may have two segments.
+        rows[segment.request] = [*rows[segment.request], *own] if segment.request in rows else own
         row = end
     for request, own in rows.items():
         yield Committed(request, request.num_computed_tokens - len(own), own)
