@@ -33,6 +33,8 @@ class Completion:
     """When it was sent."""
     hit: bool = False
     """Whether a predictive cache answered it."""
+    num_cached_tokens: int = 0
+    """Of its prompt, as the server says."""
 
     @property
     def first(self) -> float:
@@ -146,6 +148,7 @@ def _parse(stream: _Stream, start: float) -> Completion:
             token_ids += source.get("token_ids") or source.get("tokens") or []
     if not usage:
         raise RequestFailed("the stream ended without a usage chunk: " + raw[-500:].decode(errors="replace"))
+    details = usage.get("prompt_tokens_details") or {}
     return Completion(
         num_prompt_tokens=usage["prompt_tokens"],
         num_output_tokens=usage["completion_tokens"],
@@ -153,7 +156,8 @@ def _parse(stream: _Stream, start: float) -> Completion:
         end=stream.times[-1] - start,
         token_ids=token_ids,
         start=stream.sent - start,
-        hit=bool((usage.get("prompt_tokens_details") or {}).get("instcache_hit")),
+        hit=bool(details.get("instcache_hit")),
+        num_cached_tokens=details.get("cached_tokens") or 0,
     )
 
 

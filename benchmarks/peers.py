@@ -102,6 +102,8 @@ class HttpSystem(System):
     health = "/health"
     want_ids_fields: ClassVar[dict] = {"return_token_ids": True}
     extra_fields: ClassVar[dict] = {}
+    caching: ClassVar[tuple[str, ...]]
+    """Options about prefix caching, which is off unless it is what is measured."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -138,6 +140,8 @@ class HttpSystem(System):
 class KVBuffer(HttpSystem):
     """This project, from the environment that runs the benchmark."""
 
+    caching = ("--no-enable-prefix-caching",)
+
     def version(self):
         return _output([sys.executable, "-c", _VERSION_OF.format("kvbuffer")])
 
@@ -146,12 +150,14 @@ class KVBuffer(HttpSystem):
             *(sys.executable, "-c", "from kvbuffer.cli import main; main()", "serve", str(checkpoint(self.model))),
             *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "bench", "--dtype", "bfloat16"),
             *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(self.max_concurrency)),
-            "--no-enable-prefix-caching",
+            *self.caching,
         ]
 
 
 class VLLM(HttpSystem):
     """vLLM's CPU build, bound to all cores (by default it keeps one for its front end)."""
+
+    caching = ("--no-enable-prefix-caching",)
 
     def __init__(self, name, model, max_concurrency):
         environment = {
@@ -171,7 +177,7 @@ class VLLM(HttpSystem):
             *(str(PEERS / "vllm/bin/vllm"), "serve", str(checkpoint(self.model)), "--served-model-name", "bench"),
             *("--host", "127.0.0.1", "--port", str(self.port), "--dtype", "bfloat16"),
             *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(self.max_concurrency)),
-            *("--no-enable-prefix-caching", "--disable-uvicorn-access-log", "--disable-log-stats"),
+            *("--disable-uvicorn-access-log", "--disable-log-stats", *self.caching),
         ]
 
 
@@ -180,6 +186,7 @@ class LlamaCpp(HttpSystem):
 
     want_ids_fields: ClassVar[dict] = {"verbose": True, "return_tokens": True}
     extra_fields: ClassVar[dict] = {"samplers": ["top_k"], "top_k": 1}  # its cheapest way to be greedy
+    caching = ("--no-cache-prompt", "--cache-ram", "0", "--ctx-checkpoints", "0")
 
     def version(self):
         text = _output([str(PEERS / "lcpp-build/bin/llama-server"), "--version"])
@@ -190,7 +197,7 @@ class LlamaCpp(HttpSystem):
             *(str(PEERS / "lcpp-build/bin/llama-server"), "-m", str(gguf(self.model, PEERS)), "-a", "bench"),
             *("--host", "127.0.0.1", "--port", str(self.port), "-t", str(_THREADS), "-tb", str(_THREADS)),
             *("-np", str(self.max_concurrency), "-c", str(MAX_MODEL_LEN * self.max_concurrency)),
-            *("--no-cache-prompt", "--cache-ram", "0", "--ctx-checkpoints", "0", "--no-ui"),
+            *("--no-ui", *self.caching),
         ]
 
 

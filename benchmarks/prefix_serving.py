@@ -56,7 +56,7 @@ class Replay:
 
     def __iter__(self) -> Iterator[list[int]]:
         for request in self._requests:
-            tokens = (self._answers.get(number, _token(number)) for number in request.prompt)
+            tokens = (self._answers.get(number, token_of(number)) for number in request.prompt)
             prompt = [token for token in tokens if token is not None][: self.prompt_len]
             self._numbers = request.output
             # Those that are not reached are no part of any later prompt.
@@ -68,7 +68,8 @@ class Replay:
         self._answers.update(zip(self._numbers, token_ids, strict=False))
 
 
-def _token(number: int) -> int:
+def token_of(number: int) -> int:
+    """Return the token that stands for a trace's number."""
     first = len(SPECIAL_TOKENS)
     return first + number * _SPREAD % (VOCAB_SIZE - first)
 
@@ -85,7 +86,7 @@ def main() -> None:
     }
     for engine in engines.values():  # the first steps of an engine touch memory that the later ones find mapped
         for number in range(3):
-            _serve(engine, [_token(VOCAB_SIZE * 1000 + number * 1000 + i) for i in range(1000)], args.output_len)
+            _serve(engine, [token_of(VOCAB_SIZE * 1000 + number * 1000 + i) for i in range(1000)], args.output_len)
         engine.reset_prefix_cache()
     for trace in args.traces:
         result["traces"][trace] = _replay(args, trace, engines)
