@@ -158,11 +158,12 @@ class VLLM(HttpSystem):
     """vLLM's CPU build, bound to all cores (by default it keeps one for its front end)."""
 
     caching = ("--no-enable-prefix-caching",)
+    cache_gib: ClassVar[int] = 3
 
     def __init__(self, name, model, max_concurrency):
         environment = {
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{_THREADS - 1}",
-            "VLLM_CPU_KVCACHE_SPACE": "3",
+            "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gib),
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",

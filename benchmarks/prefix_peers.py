@@ -5,7 +5,7 @@
 Every system runs twice, with and without prefix caching. Each request of a trace is served by all six servers, alone,
 one after the other; the prompts are those of prefix_serving.py, and hold what the same system, caching, has answered.
 What is reported is the time to the first token, and the share of the prompts' tokens that a system says it found.
-Caches have 3 GiB each, which no trace fills: this is about what a cache finds, not about what it keeps.
+Caches have 1 GiB each, which no trace fills: this is about what a cache finds, not about what it keeps.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ _console = Console(stderr=True)
 class CachingKVBuffer(KVBuffer):
     """As it is by default, with the memory that the others have."""
 
-    caching = ("--memory", "3GiB")
+    caching = ("--memory", "1GiB")
 
 
 class CachingVLLM(VLLM):
     """Its cache of aligned blocks, as it chooses it for this model."""
 
     caching = ("--enable-prefix-caching", "--enable-prompt-tokens-details")
+    cache_gib = 1
 
 
 class CachingLlamaCpp(LlamaCpp):
     """As it is by default, but for the memory: prompts in its slots and in RAM, with checkpoints of their states."""
 
-    caching = ("--cache-ram", "3072")
+    caching = ("--cache-ram", "1024")
 
 
 SYSTEMS: dict[str, tuple[type[HttpSystem], type[HttpSystem]]] = {
