@@ -29,6 +29,7 @@ from kvbuffer.train.checkpoints import read_checkpoint
 from kvbuffer.train.config import TrainConfig
 from kvbuffer.train.data import prepare
 from kvbuffer.train.model import load
+from kvbuffer.train.optim import descend
 from tests.cqil.conftest import TYPES
 from tests.support.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.support.rank_worker import generate
@@ -120,6 +121,27 @@ def test_what_the_plan_costs_falls(recovered: tuple[Path, Recovered]) -> None:
     before, after = recovered[1]
     assert after.kl < 0.7 * before.kl
     assert after.agreement > before.agreement
+
+
+def test_cut_off_it_goes_on_and_ends_the_same(
+    adapter: tuple[Path, Recovered],
+    mtp_checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = CqilPlan(checkpoint_id(mtp_checkpoint), GROUPS, BYPASS)
+    options = options_for(mtp_checkpoint, data, tmp_path / "out", save_every=10)
+    with monkeypatch.context() as patch:
+        steps = iter(range(25))
+        patch.setattr("kvbuffer.cqil.recover.descend", lambda *args: (next(steps), descend(*args))[1])
+        with pytest.raises(StopIteration):
+            recover(options, plan, rank=8, merge=False, show_progress=False)
+    with pytest.raises(ConfigError, match="rank was 8, is 4"):
+        recover(options, plan, rank=4, merge=False, show_progress=False)
+    assert recover(options, plan, rank=8, merge=False, show_progress=False) == adapter[1]
+    assert Adapter.load(tmp_path / "out").digest == Adapter.load(adapter[0]).digest
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_new_checkpoint_is_served_with_its_plan(

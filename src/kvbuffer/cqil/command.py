@@ -171,6 +171,7 @@ def recover(
     from kvbuffer.cqil.recover import PLAN_FILE
     from kvbuffer.cqil.recover import recover as train
     from kvbuffer.models.weights import resolve_model
+    from kvbuffer.train import defaults
     from kvbuffer.train.command import set_up
     from kvbuffer.train.config import TrainConfig
 
@@ -178,7 +179,7 @@ def recover(
     options = TrainConfig(
         data=data, out=out, model=resolve_model(model), steps=steps, batch_size=batch_size, seq_len=seq_len,
         optimizer="adamw", lr=lr, weight_decay=0.0, warmup=warmup, decay=decay, precision=precision, seed=seed,
-        eval_sequences=eval_sequences,
+        eval_sequences=eval_sequences, save_every=defaults.SAVEPOINT_EVERY,
     )  # fmt: skip
     before, after = train(options, CqilPlan.load(plan), rank, merge=not adapter)
     print(f"KL from the model without the plan: {before.kl:.4f} -> {after.kl:.4f} nats")

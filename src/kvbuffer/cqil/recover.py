@@ -25,11 +25,12 @@ from kvbuffer.models.adapter import Adapter
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.tokenizer import Tokenizer
 from kvbuffer.train.checkpoints import Checkpoint, new_folder, read_checkpoint, write_checkpoint
-from kvbuffer.train.config import TrainConfig
+from kvbuffer.train.config import PRESENTATION, TrainConfig
 from kvbuffer.train.data import IGNORED, Batch, Batches, held_out_batches, read_info
 from kvbuffer.train.model import load
 from kvbuffer.train.optim import Optimizers, descend, learning_rate
 from kvbuffer.train.progress import Progress
+from kvbuffer.train.savepoint import Savepoint
 from kvbuffer.train.workers import workers
 
 #: The plan's file in the folder that recovery writes.
@@ -49,16 +50,18 @@ def recover(
     """Train the checkpoint ``options.model`` to compute its layers as ``plan`` groups them.
 
     Writes the new checkpoint or the adapters to ``options.out``, and the plan into that folder, as :data:`PLAN_FILE`.
+    One that was cut off goes on at its last savepoint, and ends with the same result as if it had not been.
 
     Args:
-        options: as for training; stages, methods and checkpoints on the way do not apply.
+        options: as for training; stages and methods do not apply.
         plan: with at least one group.
         rank: of the adapters.
         merge: add the adapters to the weights and write a new checkpoint; otherwise write the adapters alone.
         show_progress: draw a progress bar.
 
     Raises:
-        ConfigError: plan, data and model do not fit together, there is nothing to recover, or ``options.out`` exists.
+        ConfigError: plan, data and model do not fit together, there is nothing to recover, ``options.out`` exists, or
+            the savepoint is of other options.
         ModelError: the model is of an architecture that cannot be trained.
         KVBufferError: the loss is not finite.
     """
@@ -70,8 +73,12 @@ def recover(
         batches = Batches(options.data, options.seq_len, options.batch_size, options.seed)
         held_out = held_out_batches(options.data, options.seq_len, options.batch_size, options.eval_sequences)
         before, begin = quality(student, held_out), time.perf_counter()
+        inputs = {name: value for name, value in options.as_json().items() if name not in PRESENTATION}
+        named = {**inputs, "plan": plan.identity, "rank": rank}
+        savepoint = Savepoint(options.out, named, student.adapters, optimizers)
+        done = savepoint.resume()
         with Progress(options.steps, options, show_progress and processes.is_first) as progress:
-            for step in range(options.steps):
+            for step in range(done, options.steps):
                 token_ids = batches.batch(step, processes.rank, processes.size).tokens
                 with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
                     loss = divergence(student.teacher_logits(token_ids), student.logits(token_ids))
@@ -79,11 +86,14 @@ def recover(
                 kl, _ = descend(student.adapters, optimizers, loss, loss, share, options.clip, processes)
                 seconds = time.perf_counter() - begin
                 progress.update("recovering", {"total": step + 1, "loss": kl, "seconds": seconds})
+                if (step + 1) % options.save_every == 0 and processes.is_first:
+                    savepoint.save(step + 1)
         found = Recovered(before, quality(student, held_out))
         if processes.is_first:
             measured = {name: value._asdict() for name, value in found._asdict().items()}
             write = _write_checkpoint if merge else _write_adapter
             write(options, replace(plan, measured=measured), student.learned())
+            savepoint.remove()
         processes.wait()
     return found
 

@@ -45,7 +45,7 @@ class MtpOptions:
     lr: float = defaults.LR
     drafts: int = defaults.MTP_DRAFTS
     seed: int = 0
-    save_every: int = defaults.MTP_SAVE_EVERY
+    save_every: int = defaults.SAVEPOINT_EVERY
     eval_sequences: int = defaults.EVAL_SEQUENCES
 
 
