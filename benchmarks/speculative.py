@@ -3,8 +3,8 @@
     python benchmarks/speculative.py --out benchmarks/results/speculative.json     # on a quiet machine
 
 The engine is compared with itself, in one process, steps with and without drafts in turn, on the dense
-benchmark checkpoint. Its weights are random, so what it says is laid down: every token is sampled as usual, and then
-replaced by the next one of a given text. The drafters see real texts that way, and do or do not find what is repeated
+benchmark checkpoint or the one with experts. The weights are random, so what they say is laid down: every token is
+sampled as usual, and then replaced by the next one of a given text. The drafters see real texts that way, and do or do not find what is repeated
 in them: code with a name replaced, summaries that quote, prose. An oracle, whose guesses are right with a given
 probability each, stands for drafters of any quality; with no drafter at all, the same engine shows what is noise.
 Timed is decoding alone, from when all prompts have been computed until the first request ends, so that all steps have
@@ -31,7 +31,7 @@ import torch
 
 import capacity
 import speculative_peers
-from checkpoints import checkpoint
+from checkpoints import KINDS, checkpoint
 from kvbuffer import SamplingParams
 from kvbuffer.bench import machine
 from kvbuffer.bench.forms import recurrent, verify
@@ -141,10 +141,10 @@ def speeds(engines: Sequence[Engine], texts: Sequence[Script], batch: int) -> li
     return [count / taken for count, taken in zip(tokens, seconds, strict=True)]
 
 
-def throughput(batches: Sequence[int], chosen: Sequence[str], rounds: int) -> Iterator[dict]:
-    """Yield the rows of the throughput table."""
+def throughput(model: str, batches: Sequence[int], chosen: Sequence[str], rounds: int) -> Iterator[dict]:
+    """Yield the rows of the throughput table for one of the benchmark checkpoints."""
     options = {
-        "model": str(checkpoint("dense")), "max_model_len": 512, "max_num_seqs": 32, "memory": 768 << 20,
+        "model": str(checkpoint(model)), "max_model_len": 512, "max_num_seqs": 32, "memory": 768 << 20,
         "enable_prefix_caching": False, "show_progress": False,
     }  # fmt: skip
     config = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS}
@@ -165,7 +165,7 @@ def throughput(batches: Sequence[int], chosen: Sequence[str], rounds: int) -> It
             measured = [speeds((plain, drafting), texts, batch) for _ in range(rounds)]
             seconds = time.perf_counter() - began
             yield {
-                "text": kind, "drafter": name, "batch": batch,
+                "model": model, "text": kind, "drafter": name, "batch": batch,
                 "plain": round(statistics.median(speed for speed, _ in measured), 1),
                 "speculative": round(statistics.median(speed for _, speed in measured), 1),
                 "ratio": round(statistics.median(fast / slow for slow, fast in measured), 3),
@@ -224,7 +224,7 @@ def operator_rows(rounds: int) -> list[dict]:
 #: Per part of the result the head of its table, with what each row of it says.
 TABLES = {
     "throughput": {
-        "text": "{text}", "drafter": "{drafter}", "batch": "{batch}", "tokens/s without": "{plain}",
+        "model": "{model}", "text": "{text}", "drafter": "{drafter}", "batch": "{batch}", "tokens/s without": "{plain}",
         "with": "{speculative}", "ratio": "{ratio:.2f}", "of single rounds": "{ratios}",
         "accepted": "{accepted_share:.0%}",
         "tokens per step with a draft": "{mean_accepted_length}",
@@ -271,7 +271,7 @@ def measure_part(part: str, args: argparse.Namespace) -> Iterator[dict]:
     """Yield the rows of a part as they are measured."""
     if part == "throughput":
         with mock.patch.object(output, "sample_row", _scripted):
-            yield from throughput(args.batches, args.cases, args.rounds)
+            yield from throughput(args.model, args.batches, args.cases, args.rounds)
     elif part == "operator":
         yield from operator_rows(args.rounds)
     elif part == "peers":
@@ -284,6 +284,7 @@ def measure_part(part: str, args: argparse.Namespace) -> Iterator[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", choices=PARTS, nargs="*", default=PARTS)
+    parser.add_argument("--model", choices=KINDS, default=KINDS[0], help="for throughput")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--cases", choices=CASES, nargs="*", default=CASES, metavar="CASE", help="'TEXT, DRAFTER'")
     parser.add_argument("--rounds", type=int, default=2)
@@ -296,9 +297,9 @@ def main() -> None:
         for row in measure_part(part, args):
             print(row, flush=True)
             rows[_key(row)] = row
-            result[part] = (
-                sorted(rows.values(), key=lambda row: row["batch"]) if part == "throughput" else [*rows.values()]
-            )
+            result[part] = [*rows.values()]
+            if part == "throughput":
+                result[part].sort(key=lambda row: (KINDS.index(row["model"]), row["batch"]))
             save(result, part, args)
 
 

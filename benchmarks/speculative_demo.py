@@ -2,8 +2,8 @@
 
     python benchmarks/speculative_demo.py [--rounds 4] [--out benchmarks/results/speculative-demo.json]
 
-Three engines take turns at the same questions: one that speculates as `make serve` does, and two that do not, whose
-ratio says what is noise.
+Three engines answer the same questions, step by step in turn: one that speculates as `make serve` does, and two that do
+not, whose ratio says what is noise.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from kvbuffer import LLM, SamplingParams
+from kvbuffer import SamplingParams
 from kvbuffer.bench import machine
+from kvbuffer.engine.config import EngineConfig
+from kvbuffer.engine.engine import Engine
 
 SPECULATIVE = {"method": "mtp", "num_speculative_tokens": 3}
 CASES = ((1, 0.0), (8, 0.0), (32, 0.0))
@@ -29,13 +31,25 @@ def questions() -> list[str]:
     return [line.split(" || ")[0] for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def tokens_per_second(llm: LLM, asked: list[str], batch: int, temperature: float) -> float:
-    """Answer all questions, ``batch`` at a time."""
-    params, count, begin = SamplingParams(temperature=temperature, max_tokens=120, seed=1), 0, time.perf_counter()
+def speeds(engines: dict[str, Engine], asked: list[str], batch: int, temperature: float) -> dict[str, float]:
+    """Let the engines answer all questions, ``batch`` at a time; return their tokens per second."""
+    params = SamplingParams(temperature=temperature, max_tokens=120, seed=1)
+    tokens, seconds = dict.fromkeys(engines, 0), dict.fromkeys(engines, 0.0)
     for first in range(0, len(asked), batch):
-        chats = [[{"role": "user", "content": question}] for question in asked[first : first + batch]]
-        count += sum(len(one.outputs[0].token_ids) for one in llm.chat(chats, params, use_tqdm=False))
-    return count / (time.perf_counter() - begin)
+        for number, question in enumerate(asked[first : first + batch]):
+            for engine in engines.values():
+                prompt = engine.tokenizer.apply_chat_template([{"role": "user", "content": question}])
+                engine.add_request(str(number), prompt, params)
+        turn = list(engines.items())
+        while any(engine.has_work() for engine in engines.values()):
+            turn.reverse()
+            for name, engine in turn:
+                if engine.has_work():
+                    began = time.perf_counter()
+                    deltas = engine.step()
+                    seconds[name] += time.perf_counter() - began
+                    tokens[name] += sum(len(delta.token_ids) for delta in deltas)
+    return {name: tokens[name] / seconds[name] for name in engines}
 
 
 def main() -> None:
@@ -44,21 +58,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     options = {"max_model_len": 1024, "memory": 256 << 20, "enable_prefix_caching": False, "show_progress": False}
-    plain, again = LLM("demo", **options), LLM("demo", **options)
-    engines = {"plain": plain, "again": again, "mtp": LLM("demo", speculative_config=SPECULATIVE, **options)}
+    configs = {"plain": None, "again": None, "mtp": SPECULATIVE}
+    engines = {
+        name: Engine.from_config(EngineConfig("demo", speculative_config=config, **options))
+        for name, config in configs.items()
+    }
     asked, rows = questions(), []
     for batch, temperature in CASES:
-        speeds: dict[str, list[float]] = {name: [] for name in engines}
-        for turn in range(args.rounds + 1):
-            for name in sorted(engines, reverse=turn % 2 == 1):
-                speed = tokens_per_second(engines[name], asked, batch, temperature)
-                if turn:  # the first one warms up
-                    speeds[name].append(speed)
-        ratios = {
-            name: [round(new / old, 3) for new, old in zip(speeds[name], speeds["plain"], strict=True)]
-            for name in ("again", "mtp")
-        }
-        row = {"batch": batch, "temperature": temperature, "tokens_per_second": round(median(speeds["plain"]))}
+        # The first round warms up.
+        measured = [speeds(engines, asked, batch, temperature) for _ in range(args.rounds + 1)][1:]
+        ratios = {name: [round(one[name] / one["plain"], 3) for one in measured] for name in ("again", "mtp")}
+        row = {
+            "batch": batch, "temperature": temperature,
+            "tokens_per_second": round(median(one["plain"] for one in measured)),
+        }  # fmt: skip
         rows.append({**row, "noise": median(ratios["again"]), "ratio": median(ratios["mtp"]), "ratios": ratios})
         print(rows[-1], flush=True)
     if args.out:

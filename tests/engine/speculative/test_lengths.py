@@ -124,7 +124,7 @@ def test_a_drafter_that_searches_in_vain_is_hardly_asked(batch: int) -> None:
     assert simulation.speed(skip=200, steps=2000) > 0.98
 
 
-@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("batch", [1, 4])
 def test_a_drafter_that_wakes_up_slowly_is_hardly_woken(batch: int) -> None:
     """Nor is that taken for what a draft costs: once awake, it drafts where that pays."""
     simulation = Simulation([0.1] * batch, plain=0.01, per_token=0.005 / batch, wake=0.01 / batch)
