@@ -4,11 +4,11 @@
 
 The engine is compared with itself, in one process, steps with and without drafts in turn, on the dense
 benchmark checkpoint or the one with experts. The weights are random, so what they say is laid down: every token is
-sampled as usual, and then replaced by the next one of a given text. The drafters see real texts that way, and do or do not find what is repeated
-in them: code with a name replaced, summaries that quote, prose. An oracle, whose guesses are right with a given
-probability each, stands for drafters of any quality; with no drafter at all, the same engine shows what is noise.
-Timed is decoding alone, from when all prompts have been computed until the first request ends, so that all steps have
-the same number of requests.
+sampled as usual, and then replaced by the next one of a given text. The drafters see real texts that way, and do or do
+not find what is repeated in them: code with a name replaced, summaries that quote, prose. An oracle, whose guesses are
+right with a given probability each, stands for drafters of any quality; with no drafter at all, the same engine shows
+what is noise. Timed is decoding alone, from when all prompts have been computed until the first request ends, so that
+all steps have the same number of requests.
 
 Capacity is that of capacity.py with four drafts in every step, against five float32 states and convolution states per
 request. Verification of eight drafts, folds included, is timed against nine steps of the recurrence, which is what a
