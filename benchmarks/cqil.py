@@ -9,7 +9,8 @@ Variants: the model as it is; groups of 2, 3 and 4 neighbours of one type with b
 (arXiv 2502.02790: both MLPs see both mixers); the model without all but the first layer of each group, which takes as
 much time as groups would if their other layers cost nothing. ``latency`` computes groups fused on one device; ``ranks``
 runs two processes of one thread each: layers split (tensor parallelism), and groups placed; in turns with the whole
-model in one process, of one thread and of two. Parts are added to the file.
+model in one process, of one thread and of two; and pairs without exchanging anything, on both ranks and on one of them.
+Parts are added to the file.
 
 Quality is loss, divergence and agreement, and as a task the share of tokens of a text it has not seen that the model
 predicts. ``--recovered`` adds checkpoints that ``kvbuffer cqil recover`` made of the model.
@@ -188,10 +189,29 @@ def latency(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "rows": rows}
 
 
-def timed(name: str, batch: int, config: ModelConfig, groups: Groups, seconds: float) -> dict[str, Any]:
-    """A row of a table; ``depth`` counts layers and groups that run one after the other."""
+def timed(
+    name: str, batch: int, config: ModelConfig, groups: Groups, seconds: float, layers: float | None = None
+) -> dict[str, Any]:
+    """A row of a table; ``depth`` counts layers and groups that run one after the other, ``layers_ms`` times them."""
     depth = len(run_order(config.num_layers, groups))
-    return {"name": name, "batch": batch, "groups": groups, "depth": depth, "ms": 1e3 * seconds}
+    row = {"name": name, "batch": batch, "groups": groups, "depth": depth, "ms": 1e3 * seconds}
+    return row if layers is None else {**row, "layers_ms": 1e3 * layers}
+
+
+class Silent:
+    """A rank that exchanges nothing, to see what computing its part takes by itself; results are wrong."""
+
+    def __init__(self, ranks: ProcessRanks) -> None:
+        self.rank, self.size = ranks.rank, ranks.size
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x.expand(self.size, *x.shape)
+
+    def send(self, message: object) -> None:
+        pass
 
 
 class Lockstep(ParallelDecoder):
@@ -220,47 +240,59 @@ def _alone(folder: Path, args: argparse.Namespace, turns: Any, answers: Any) -> 
     for batch in args.batch:
         steps = {threads: Steps(model, (), batch) for threads, model in models.items()}
 
-        def seconds(steps: dict[int, Steps] = steps) -> list[float]:
+        def seconds(steps: dict[int, Steps] = steps) -> list[list[float]]:
             found = []
             for threads, model in steps.items():
                 torch.set_num_threads(threads)
-                found += map(sum, take_turns([model], 1))
+                found.append(take_turns([model], 1)[0])
             time.sleep(0.02)  # OpenMP's idle thread spins for a while, on what is now a rank's core
             return found
 
         medians = _in_turns(seconds, turns, args.rounds, first=True)
         for threads, value in zip(steps, medians, strict=True):
             name = f"one process, {threads} {'thread' if threads == 1 else 'threads'}"
-            rows.append(timed(name, batch, ModelConfig.from_folder(folder), (), value))
+            rows.append(timed(name, batch, ModelConfig.from_folder(folder), (), *value))
     answers.put((0, rows))
 
 
 def _rank(ranks: ProcessRanks, folder: Path, args: argparse.Namespace, turns: Any, answers: Any) -> None:
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[ranks.rank]})
     config = ModelConfig.from_folder(folder)
-    options = [("layers split", (), 0)]
-    options += [(f"groups of {n}, bypass {d}", groups_of(config, n, args.first), d) for n in SIZES for d in (0, 1)]
-    options = [option for option in options if option[1] or option[0] == "layers split"]
+    pairs = groups_of(config, 2, args.first)
+    options: list[tuple[str, Groups, int, Any]] = [("layers split", (), 0, ranks)]
+    for n in SIZES:
+        if groups := groups_of(config, n, args.first):
+            options += [(f"groups of {n}, bypass {d}", groups, d, ranks) for d in (0, 1)]
+    options.append(("groups of 2, nothing exchanged", pairs, 0, Silent(ranks)))
     models = [
-        (Lockstep(folder, config, config.dtype, 1024, False, groups, bypass, None, ranks), groups)
-        for _, groups, bypass in options
+        (Lockstep(folder, config, config.dtype, 1024, False, groups, bypass, None, among), groups)
+        for _, groups, bypass, among in options
     ]
     rows = []
     for batch in args.batch:
         steps = [Steps(model, groups, batch) for model, groups in models]
 
-        def seconds(steps: list[Steps] = steps) -> list[float]:
-            return list(map(sum, take_turns(steps, 1)))
+        def seconds(steps: list[Steps] = steps) -> list[list[float]]:
+            found = take_turns(steps, 1)
+            for turn in range(ranks.size):  # the last model again, on one rank at a time
+                ranks.all_reduce(torch.zeros(1))
+                if turn == ranks.rank:
+                    alone = take_turns(steps[-1:], 1)
+            ranks.all_reduce(torch.zeros(1))
+            return [*found, *alone]
 
         medians = _in_turns(seconds, turns, args.rounds, first=False)
-        for (name, groups, _), value in zip(options, medians, strict=True):
-            rows.append(timed(name, batch, config, groups, value))
+        names = [*options, ("groups of 2, nothing exchanged, one rank at a time", pairs, 0, None)]
+        for (name, groups, *_), value in zip(names, medians, strict=True):
+            rows.append(timed(name, batch, config, groups, *value))
     if ranks.rank == 0:
         answers.put((1, rows))
 
 
-def _in_turns(seconds: Callable[[], list[float]], turns: Any, rounds: int, first: bool) -> list[float]:
-    """Call ``seconds`` in turns with other processes; return the medians of what it returns."""
+def _in_turns(
+    seconds: Callable[[], list[list[float]]], turns: Any, rounds: int, first: bool
+) -> list[tuple[float, float]]:
+    """Call ``seconds`` in turns with other processes; return medians of each model's step, and of its layers."""
     found = []
     for _ in range(rounds):
         turns.wait()
@@ -269,7 +301,7 @@ def _in_turns(seconds: Callable[[], list[float]], turns: Any, rounds: int, first
         turns.wait()
         if not first:
             found.append(seconds())
-    return [median(values) for values in zip(*found, strict=True)]
+    return [(median(map(sum, of)), median(sum(one[:-1]) for one in of)) for of in zip(*found, strict=True)]
 
 
 PARTS = {"quality": quality, "latency": latency, "ranks": ranks_part}
