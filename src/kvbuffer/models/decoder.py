@@ -39,6 +39,29 @@ class DecoderLayer(NamedTuple):
         return self.mlp.forward(x, residual)
 
 
+def read_layer(reader: WeightReader, layers: str, index: int, config: ModelConfig, rotary: RotaryTable) -> DecoderLayer:
+    """Return a layer with its weights.
+
+    Args:
+        reader: the checkpoint.
+        layers: what precedes a layer's number in it, with the final dot.
+        index: its number.
+        config: the model.
+        rotary: the model's.
+    """
+    prefix, hidden = f"{layers}{index}.", config.hidden_size
+    input_norm = zero_centred(reader, f"{prefix}input_layernorm.weight", hidden)
+    mixer: GatedDeltaNet | GatedAttention
+    if config.layer_types[index] == "linear_attention":
+        name = f"{prefix}linear_attn."
+        weight = LAYOUTS[config.layout].in_proj(reader, name, config.linear, hidden)
+        mixer = GatedDeltaNet(reader, name, config, input_norm, weight)
+    else:
+        mixer = GatedAttention(reader, f"{prefix}self_attn.", config, input_norm, rotary)
+    mlp_norm = zero_centred(reader, f"{prefix}post_attention_layernorm.weight", hidden)
+    return DecoderLayer(mixer, read_mlp(reader, f"{prefix}mlp.", config, index, mlp_norm))
+
+
 class Unit(Protocol):
     """A layer, or a group of layers that are computed at once."""
 
@@ -110,20 +133,11 @@ class Decoder:
     def _unit(
         self, reader: WeightReader, layers: str, indices: tuple[int, ...], rotary: RotaryTable, bypass: int
     ) -> Unit:
-        config, layout = self.config, LAYOUTS[self.config.layout]
+        config = self.config
         if len(indices) > 1:
-            return read_group(reader, layers, indices, config, layout.in_proj, rotary, bypass)
-        index, prefix = indices[0], f"{layers}{indices[0]}."
-        input_norm = zero_centred(reader, f"{prefix}input_layernorm.weight", config.hidden_size)
-        mixer: GatedDeltaNet | GatedAttention
-        if config.layer_types[index] == "linear_attention":
-            name = f"{prefix}linear_attn."
-            weight = layout.in_proj(reader, name, config.linear, config.hidden_size)
-            mixer = GatedDeltaNet(reader, name, config, input_norm, weight)
-        else:
-            mixer = GatedAttention(reader, f"{prefix}self_attn.", config, input_norm, rotary)
-        mlp_norm = zero_centred(reader, f"{prefix}post_attention_layernorm.weight", config.hidden_size)
-        return DecoderLayer(mixer, read_mlp(reader, f"{prefix}mlp.", config, index, mlp_norm))
+            in_proj = LAYOUTS[config.layout].in_proj
+            return read_group(reader, layers, indices, config, in_proj, rotary, bypass)
+        return read_layer(reader, layers, indices[0], config, rotary)
 
     @torch.inference_mode()
     def forward(self, inputs: ModelInputs, caches: Sequence[LinearCache | AttentionCache]) -> Tensor:

@@ -24,7 +24,7 @@ from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.errors import ConfigError
 from kvbuffer.models.adapter import Adapter
 from kvbuffer.models.config import ModelConfig
-from kvbuffer.models.decoder import LAYOUTS, Decoder, DecoderLayer, Unit
+from kvbuffer.models.decoder import LAYOUTS, Decoder, DecoderLayer, Unit, read_layer
 from kvbuffer.models.group import LayerGroup, banded, read_group
 from kvbuffer.models.inputs import ModelInputs
 from kvbuffer.models.layers import RotaryTable
@@ -196,6 +196,29 @@ class PlacedGroup:
         return self.ranks.all_reduce(self.own.after(residual, self.sees, every).add_(mixed.sum(0)))
 
 
+class PlacedLayer:
+    """A group of as many layers as there are ranks: one on each, where nothing has to be gathered into a group's rows.
+
+    Args:
+        own: this rank's layer.
+        bypass: D.
+        ranks: the processes.
+    """
+
+    def __init__(self, own: DecoderLayer, bypass: int, ranks: Ranks) -> None:
+        self.own, self.ranks, self.bypass = own, ranks, bypass
+        self.first = max(0, ranks.rank - bypass)
+
+    def forward(
+        self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: LinearCache | AttentionCache
+    ) -> Tensor:
+        """As :meth:`LayerGroup.forward`."""
+        seen = mixed = self.own.mixer.forward(x, residual, inputs, cache)  # type: ignore[arg-type]  # its kind of cache
+        if self.bypass:
+            seen = self.ranks.all_gather(mixed)[self.first : self.ranks.rank + 1].sum(0)
+        return self.ranks.all_reduce(self.own.mlp.forward(seen, residual.clone()).add_(mixed))
+
+
 class GatheredHead(Linear):
     """The output layer, of which each rank has a part of the vocabulary; every rank gets all logits."""
 
@@ -258,11 +281,13 @@ class ParallelDecoder(Decoder):
             unit = super()._unit(reader, layers, indices, rotary, bypass)
             return ShardedGroup(unit, ranks) if isinstance(unit, LayerGroup) else ShardedLayer(unit, ranks)  # type: ignore[arg-type]  # by the base class
         assert isinstance(reader, ShardedReader)
-        own, in_proj = indices[ranks.rank :: ranks.size], LAYOUTS[config.layout].in_proj
-        with reader.whole():
-            group = read_group(reader, layers, own, config, in_proj, rotary, 0)
+        own = indices[ranks.rank :: ranks.size]
         for index in set(indices).difference(own):
             reader.skip(f"{layers}{index}.")
+        with reader.whole():
+            if len(own) == 1:
+                return PlacedLayer(read_layer(reader, layers, own[0], config, rotary), bypass, ranks)
+            group = read_group(reader, layers, own, config, LAYOUTS[config.layout].in_proj, rotary, 0)
         return PlacedGroup(group, len(indices), bypass, ranks)
 
     def embed(self, token_ids: Tensor) -> Tensor:
