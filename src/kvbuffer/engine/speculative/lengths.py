@@ -1,10 +1,10 @@
 """How many tokens are drafted for each request: as many as pay, by what was accepted and what steps cost lately.
 
 The drafter is asked for k_i tokens for request i, and has any with probability q_i. A step of B requests then takes
-``a + c * B + b * sum(q_i * k_i)`` and brings ``B + sum(q_i * (p_i + p_i^2 + … + p_i^k_i))`` tokens, if a token is
-accepted with probability p_i. The lengths that bring the most tokens per second are found by adding tokens in the order
-of p_i^j. All of a, b, c, p_i and q_i are measured while serving; what has not paid is tried again, so rarely that it
-costs little.
+``a_B``, or ``a_B + f_B + b_B * sum(q_i * k_i)`` if anything is drafted, and brings
+``B + sum(q_i * (p_i + p_i^2 + … + p_i^k_i))`` tokens, if a token is accepted with probability p_i. The lengths that
+bring the most tokens per second are found by adding tokens in the order of p_i^j. All of a, f, b, p_i and q_i are
+measured while serving; what has not paid is tried again, so rarely that it costs little.
 
 Estimates may be wrong, so an account is kept of the time that steps with drafts took beyond what their tokens would
 have taken without. Nothing is drafted while it stands at more than a hundredth of the time: that much can be lost, and
@@ -27,7 +27,7 @@ _FIRST_GUESS = 0.6
 #: Steps that are averaged before any one of them is called disturbed; plain ones come before the first with drafts.
 _LEAST_STEPS = 3
 #: Gains below this are not worth the risk that they are noise.
-_LEAST_GAIN = 0.01
+_LEAST_GAIN = 0.02
 #: Share of the time that goes into trying drafts of one token again where they did not pay.
 _TRY_SHARE = 0.01
 #: Share of the time that drafts may lose in all, and how many plain steps' time they may lose of what they have won.
@@ -35,6 +35,8 @@ _RISK_SHARE, _RISK_STEPS = 0.01, 4
 #: Where they do pay, a step goes without after so many at most, so that it is known what that costs: as many as leave
 #: this share of what drafts bring, so that the less they bring, the better it is known.
 _PLAIN_INTERVAL, _PLAIN_SHARE = 64, 0.01
+#: Standard deviation of what drafts cost however few they are, to a plain step, before any have been verified.
+_FIRST_DOUBT = 0.1
 #: By how much what a draft token costs may change from one step to the next, relatively, with and without drafts.
 _DRIFT = 0.05
 #: Draft tokens of a request while it is not known what they cost.
@@ -45,27 +47,33 @@ _DISTURBED = 2.0
 
 @dataclass
 class _StepCost:
-    """Seconds of steps of about the same number of requests: ``plain + per_token * draft tokens``.
+    """Seconds of steps of about the same number of requests: ``plain``, and ``fixed + per_token * tokens`` for drafts.
 
-    The second is followed by a scalar Kalman filter: a step says the more about it, the more tokens were drafted in it.
+    These two are followed by a Kalman filter: the more tokens a step drafts, the more it says about the second.
     """
 
     num_plain: int = 0
     num_drafted: int = 0
     steps_since_plain: int = 0
     plain: float = 0.0
+    fixed: float = 0.0
     per_token: float = 0.0
     _noise: float = 0.0  # variance of the time of plain steps
-    _doubt: float = math.inf  # variance of per_token
+    _doubt: tuple[float, float, float] = (0.0, 0.0, 0.0)  # variances of fixed and per_token, covariance
+
+    def drafted(self, num_draft_tokens: float) -> float:
+        """Return the expected seconds of a step with drafts."""
+        return self.plain + self.fixed + self.per_token * num_draft_tokens
 
     def undisturbed(self, num_draft_tokens: int, seconds: float) -> float:
         """Return the seconds of a step, cut to what it may have taken by itself."""
         if (self.num_drafted if num_draft_tokens else self.num_plain) < _LEAST_STEPS:
             return seconds
-        return min(seconds, _DISTURBED * (self.plain + self.per_token * num_draft_tokens))
+        return min(seconds, _DISTURBED * (self.drafted(num_draft_tokens) if num_draft_tokens else self.plain))
 
     def observe(self, num_draft_tokens: int, seconds: float) -> None:
-        self._doubt += (_DRIFT * self.per_token) ** 2
+        fixed, per_token, both = self._doubt
+        self._doubt = fixed + (_DRIFT * self.fixed) ** 2, per_token + (_DRIFT * self.per_token) ** 2, both
         if num_draft_tokens:
             self._observe_drafted(num_draft_tokens, seconds)
             return
@@ -78,14 +86,20 @@ class _StepCost:
             self._noise += share * (deviation**2 - self._noise)
 
     def _observe_drafted(self, num_draft_tokens: int, seconds: float) -> None:
+        if not self.num_drafted:
+            self._doubt = (_FIRST_DOUBT * self.plain) ** 2, self.plain**2, 0.0
         self.num_drafted += 1
         self.steps_since_plain += 1
-        measured = (seconds - self.plain) / num_draft_tokens
-        # A share of the plain time as well: the cost is not quite proportional to the number of tokens.
-        noise = (self._noise + (_DRIFT * self.plain) ** 2) / num_draft_tokens**2
-        share = 1.0 if math.isinf(self._doubt) else self._doubt / (self._doubt + noise)
-        self.per_token = max(0.0, self.per_token + share * (measured - self.per_token))
-        self._doubt = share * noise
+        fixed, per_token, both = self._doubt
+        # Of the difference to what was expected, how much each varies with it. The model is not quite right, either.
+        for_fixed, for_token = fixed + both * num_draft_tokens, both + per_token * num_draft_tokens
+        noise = self._noise + (_DRIFT * self.plain) ** 2
+        variance = for_fixed + for_token * num_draft_tokens + noise
+        surprise = (seconds - self.drafted(num_draft_tokens)) / variance
+        self.fixed = max(0.0, self.fixed + for_fixed * surprise)
+        self.per_token = max(0.0, self.per_token + for_token * surprise)
+        both -= for_fixed * for_token / variance
+        self._doubt = fixed - for_fixed**2 / variance, per_token - for_token**2 / variance, both
 
 
 @dataclass
@@ -143,10 +157,12 @@ class DraftLengths:
         if not cost.num_drafted:
             return [min(length, _FIRST_LENGTH) for length in lengths]
         # What a try costs, in tokens that could have been generated meanwhile; and in how many steps these are saved.
-        lost = (cost.per_token + self._ask_seconds + self._preparation) * len(requests) / cost.plain
+        lost = ((cost.per_token + self._ask_seconds + self._preparation) * len(requests) + cost.fixed) / cost.plain
         interval = lost / _TRY_SHARE
+        oldest = min((h.tried for h, length in zip(histories, lengths, strict=True) if not length), default=0.0)
+        # Together they cost less: those who will soon be tried again are tried with those whose turn it is.
         for i, history in enumerate(histories):
-            if not lengths[i] and self._step > history.tried + interval:
+            if not lengths[i] and self._step > max(oldest + interval, history.tried + interval / 2):
                 lengths[i] = 1
             if lengths[i]:
                 history.tried = self._step
@@ -162,7 +178,7 @@ class DraftLengths:
         And by how much, relatively, the rate is higher.
         """
         count = len(histories)
-        tokens, seconds = float(count), cost.plain + self._ask_seconds * count
+        tokens, seconds = float(count), cost.drafted(0) + self._ask_seconds * count
         lengths, brings = [0] * count, [0.0] * count
         likeliest = [(-history.acceptance, i) for i, history in enumerate(histories)]
         heapq.heapify(likeliest)
