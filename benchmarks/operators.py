@@ -32,6 +32,7 @@ from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.forms import LONGEST_BUFFER
 from kvbuffer.engine.runner import Runner
 from kvbuffer.models import decoder, layers
+from kvbuffer.ops.gated_delta import GatedDeltaDecode
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.mlp import SwigluMlp
 from peers import MAX_MODEL_LEN
@@ -67,14 +68,31 @@ class Clock:
             result = function(*args, **kwargs)
             elapsed = time.perf_counter() - start
             inner = self._inside.pop()
-            work = describe(result, *args, **kwargs)
-            self.seconds[work.label] += elapsed - inner
-            for place, amount in enumerate((1, work.num_bytes, work.num_flops)):
-                self.work[work.label][place] += amount
+            self._count(elapsed - inner, describe(result, *args, **kwargs))
             self._inside[-1] += time.perf_counter() - start  # describing is nobody's time
             return result
 
         return timed
+
+    def split(self, function: Callable, describe: Callable[..., list[tuple[float, Work]]]) -> Callable:
+        """As wrap, for a call that is several operators: the time and the work of each."""
+
+        @wraps(function)
+        def timed(*args, **kwargs):
+            result = function(*args, **kwargs)
+            start = time.perf_counter()
+            for seconds, work in describe(result, *args, **kwargs):
+                self._count(seconds, work)
+                self._inside[-1] += seconds
+            self._inside[-1] += time.perf_counter() - start
+            return result
+
+        return timed
+
+    def _count(self, seconds: float, work: Work) -> None:
+        self.seconds[work.label] += seconds
+        for place, amount in enumerate((1, work.num_bytes, work.num_flops)):
+            self.work[work.label][place] += amount
 
     def take(self) -> tuple[dict[str, float], dict[str, list[int]]]:
         """Returns what was gathered since the last call, and forgets it."""
@@ -104,6 +122,7 @@ def install(clock: Clock) -> None:
         (Engine, "step", _stage("scheduling, committing, text")),
     ):
         setattr(module, name, clock.wrap(getattr(module, name), describe))
+    GatedDeltaDecode.__call__ = clock.split(GatedDeltaDecode.__call__, _gated_delta_decode)
 
 
 def profile_decode(clock: Clock, engine: Engine, concurrency: int, limits: dict) -> list[dict]:
@@ -242,6 +261,24 @@ def _buffered_verify(result, rule, tokens, states, slots, records, page_table, f
     record_bytes = (int(fill.sum()) + result.shape[0]) * sum(pool[0, :, 0].nbytes for pool in records)
     num_flops = 4 * int((cu_seqlens.diff() * with_state).sum()) * heads * key_dim * value_dim
     return Work("buffered_verify", state_bytes + record_bytes + _nbytes(*tokens[:3], result), num_flops)
+
+
+def _gated_delta_decode(result, layer, x, residual, rings, cu_seqlens, context_lens, slots, page_table, fill, fold):
+    out, projected = result
+    conv_dim = projected.shape[1] - out[0].numel() - 2 * out.shape[1]
+    qkv, _, *gates = projected.split([conv_dim, out[0].numel(), out.shape[1], out.shape[1]], 1)
+    tokens = (qkv, *gates)
+    if fold is None:
+        decode = _recurrent_decode(out, None, tokens, layer.states, slots)
+    else:
+        decode = _buffered_decode(out, None, tokens, layer.states, slots, layer.records, page_table, fill, fold)
+    works = (
+        _linear(projected, layer.in_proj, x, residual),
+        _streaming("causal_conv")(qkv),
+        _streaming("gated_delta_inputs")(gates),
+        decode,
+    )
+    return list(zip(layer.seconds, works, strict=True))
 
 
 def _buffered_decode(result, rule, tokens, states, slots, records, page_table, fill, fold) -> Work:

@@ -22,12 +22,15 @@ from kvbuffer.ops.attention import attention_inputs, paged_attention
 from kvbuffer.ops.buffered import buffered_decode, buffered_verify, recurrent_decode
 from kvbuffer.ops.chunked import chunked_prefill
 from kvbuffer.ops.conv import causal_conv
+from kvbuffer.ops.gated_delta import GatedDeltaDecode
 from kvbuffer.ops.layout import Tokens
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.mlp import SwigluMlp
 from kvbuffer.ops.moe import PackedExperts, moe_mlp, route
 from kvbuffer.ops.norm import add_rms_norm, gated_delta_inputs
 from kvbuffer.ops.rule import GATED_DELTANET
+
+_DECODE_FORMS = (LinearForm.RECURRENT, LinearForm.BUFFERED)
 
 
 class RotaryTable:
@@ -65,12 +68,22 @@ class DeltaHeads:
         self.conv_weight = conv.squeeze(1).T.contiguous()
         self.a_log = reader.take_float(f"{prefix}A_log", shape.num_value_heads)
         self.dt_bias = reader.take_float(f"{prefix}dt_bias", shape.num_value_heads)
+        self._decode: GatedDeltaDecode | None = None
+        self._bound: LinearCache | None = None
 
     def forward(
         self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: LinearCache
     ) -> tuple[Tensor, Tensor]:
         """Return the heads' outputs [N, HV, V] and their gates [N, HV * V]; states, buffers and rings move on."""
         shape = self.shape
+        if self._bound is not cache:
+            self._bind(cache)
+        if self._decode is not None and len(inputs.sections) == 1 and inputs.sections[0].form in _DECODE_FORMS:
+            part = inputs.sections[0]
+            fold = part.fold if part.form is LinearForm.BUFFERED else None
+            buffer = (part.slots, part.page_table, part.fill, fold)
+            heads, projected = self._decode(x, residual, inputs.rings, inputs.cu_seqlens, inputs.context_lens, *buffer)
+            return heads, projected[:, shape.conv_dim : shape.conv_dim + shape.value_dim]
         projected = self.in_proj.of_add_rms_norm(x, residual, self.input_norm, self.eps)
         where = (cache.rings, inputs.rings, inputs.cu_seqlens, inputs.context_lens)
         qkv = causal_conv(projected, self.conv_weight, *where, parents=inputs.parents)
@@ -84,6 +97,13 @@ class DeltaHeads:
         g, beta = gated_delta_inputs(qk, b, a, self.a_log, self.dt_bias)
         q, k = qk.split_with_sizes((shape.num_key_heads, shape.num_key_heads), 1)
         return self._mix(Tokens(q, k, v, g, beta), inputs, cache), z
+
+    def _bind(self, cache: LinearCache) -> None:
+        """Prepare for decoding on a layer's memory."""
+        self._bound, self._decode = cache, None
+        if GatedDeltaDecode.covers(self.in_proj, cache.states, cache.records):
+            norm, weights = (self.input_norm, self.eps), (self.conv_weight, self.a_log, self.dt_bias)
+            self._decode = GatedDeltaDecode(self.in_proj, *norm, *weights, cache.states, cache.rings, cache.records)
 
     @staticmethod
     def _mix(tokens: Tokens, inputs: ModelInputs, cache: LinearCache) -> Tensor:

@@ -90,6 +90,7 @@ class Linear:
         out_features: N.
         dtype: dtype of the weight.
         nbytes: bytes of memory that the layer holds.
+        layer_ptr: where the kernels find the layer; None without them.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -98,6 +99,7 @@ class Linear:
         self._bias = None if bias is None else bias.to(torch.float32, copy=True).contiguous()
         lib = dispatch.cpu_kernels()
         self._lib = None if lib is None or self.dtype not in dispatch.DTYPE_CODES else _declare(lib)
+        self.layer_ptr: int | None = None
         if self._lib is None:
             self._weight = weight
         else:
@@ -110,7 +112,7 @@ class Linear:
             self._lib.kvb_linear_pack(source.data_ptr(), n, k, compute, scale, packed)
             bias_ptr = None if self._bias is None else self._bias.data_ptr()
             self._layer = _Layer(packed, bias_ptr, n, k, scale, compute)
-            self._layer_ptr = ctypes.addressof(self._layer)
+            self.layer_ptr = ctypes.addressof(self._layer)
         self.nbytes = self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -127,7 +129,7 @@ class Linear:
         rows = x.shape[0]
         if out is None:
             out = torch.empty(rows, self.out_features)
-        self._lib.kvb_linear(x.data_ptr(), x.stride(0), rows, self._layer_ptr, out.data_ptr(), out.stride(0))
+        self._lib.kvb_linear(x.data_ptr(), x.stride(0), rows, self.layer_ptr, out.data_ptr(), out.stride(0))
         return out
 
     def of_add_rms_norm(self, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -147,7 +149,7 @@ class Linear:
         rows = residual.shape[0]
         out = torch.empty(rows, self.out_features)
         self._lib.kvb_add_rms_norm_linear(
-            None if x is None else x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, rows, self._layer_ptr,
+            None if x is None else x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, rows, self.layer_ptr,
             out.data_ptr(),
         )  # fmt: skip
         return out
@@ -169,7 +171,7 @@ class Linear:
         rows = x.shape[0]
         out = torch.empty(rows, self.out_features)
         self._lib.kvb_gated_rms_norm_linear(
-            x.data_ptr(), gate.data_ptr(), gate.stride(0), weight.data_ptr(), x.shape[2], eps, rows, self._layer_ptr,
+            x.data_ptr(), gate.data_ptr(), gate.stride(0), weight.data_ptr(), x.shape[2], eps, rows, self.layer_ptr,
             out.data_ptr(),
         )  # fmt: skip
         return out

@@ -20,22 +20,30 @@ STATE_DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, tor
 RECORD_DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
 
 
-class _Shape(ctypes.Structure):
+class ShapeStruct(ctypes.Structure):
+    """The dims of a call."""
+
     _fields_ = tuple((name, c_int64) for name in ("key_heads", "value_heads", "k", "v", "pairs", "decay_width"))
 
 
-class _Tokens(ctypes.Structure):
+class TokensStruct(ctypes.Structure):
+    """Pointers into the tokens' tensors."""
+
     _fields_ = (
         *((name, c_void_p) for name in ("q", "k", "v", "g", "beta", "removal_read", "removal_write")),
         *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "g_stride")),
     )
 
 
-class _StatePool(ctypes.Structure):
+class StatesStruct(ctypes.Structure):
+    """Pointers into a pool of states."""
+
     _fields_ = (("data", c_void_p), ("scales", c_void_p), ("dtype", c_int64))
 
 
-class _RecordPages(ctypes.Structure):
+class RecordsStruct(ctypes.Structure):
+    """Pointers into pools of records and to the requests' pages."""
+
     _fields_ = (
         *((name, c_void_p) for name in ("keys", "values", "decays", "page_table")),
         *((name, c_int64) for name in ("table_stride", "page_size", "dtype")),
@@ -43,32 +51,37 @@ class _RecordPages(ctypes.Structure):
 
 
 #: Argument types of the kernels.
-SHAPE, TOKENS, STATES, RECORDS = POINTER(_Shape), POINTER(_Tokens), POINTER(_StatePool), POINTER(_RecordPages)
+SHAPE, TOKENS, STATES, RECORDS = (
+    POINTER(ShapeStruct),
+    POINTER(TokensStruct),
+    POINTER(StatesStruct),
+    POINTER(RecordsStruct),
+)
 
 
-def shape_of(rule: UpdateRule, states: StatePool, key_heads: int) -> _Shape:
+def shape_of(rule: UpdateRule, states: StatePool, key_heads: int) -> ShapeStruct:
     """Return the dims of a call."""
     _, value_heads, k, v = states.data.shape
-    return _Shape(key_heads, value_heads, k, v, rule.num_pairs, k if rule.decay is Decay.VECTOR else 1)
+    return ShapeStruct(key_heads, value_heads, k, v, rule.num_pairs, k if rule.decay is Decay.VECTOR else 1)
 
 
-def tokens_of(tokens: Tokens) -> _Tokens:
+def tokens_of(tokens: Tokens) -> TokensStruct:
     """Return pointers into the tokens' tensors, and the strides of the rows that may have one."""
     q, k, v, g = tokens[:4]
     pointers = [None if x is None else x.data_ptr() for x in tokens]
-    return _Tokens(*pointers, q.stride(0), k.stride(0), v.stride(0), 0 if g is None else g.stride(0))
+    return TokensStruct(*pointers, q.stride(0), k.stride(0), v.stride(0), 0 if g is None else g.stride(0))
 
 
-def states_of(states: StatePool) -> _StatePool:
+def states_of(states: StatePool) -> StatesStruct:
     """Return pointers into a pool of states."""
     data, scales = states
-    return _StatePool(data.data_ptr(), None if scales is None else scales.data_ptr(), STATE_DTYPES[data.dtype])
+    return StatesStruct(data.data_ptr(), None if scales is None else scales.data_ptr(), STATE_DTYPES[data.dtype])
 
 
-def records_of(records: RecordPages, page_table: Tensor) -> _RecordPages:
+def records_of(records: RecordPages, page_table: Tensor) -> RecordsStruct:
     """Return pointers into pools of records and to the requests' pages."""
     pointers = [x.data_ptr() for x in (*records, page_table)]
-    return _RecordPages(*pointers, page_table.stride(0), records.page_size, RECORD_DTYPES[records.keys.dtype])
+    return RecordsStruct(*pointers, page_table.stride(0), records.page_size, RECORD_DTYPES[records.keys.dtype])
 
 
 @cache

@@ -15,9 +15,9 @@
 
 #include "dense.h"
 #include "norm.h"
+#include "operators.h"
 
 namespace kvb {
-namespace {  // names of this file: two files may use the same one
 
 // A layer as the C interface passes it.
 struct Layer {
@@ -27,6 +27,8 @@ struct Layer {
   float weight_scale;
   int32_t compute;
 };
+
+namespace {  // names of this file: two files may use the same one
 
 template <class Run>
 static void with_layer(const Layer& layer, Run run) {
@@ -95,7 +97,7 @@ static double seconds_per_tile() {
   double best = 1;
   for (int repeat = 0; repeat < 200; ++repeat) {
     auto start = std::chrono::steady_clock::now();
-    multiply_tile<C>(kMaxRows, x, w, kColumns / C::kBlock, true, c);
+    multiply_tile<C>(kMaxRows, x, w, kColumns / C::kBlock, true, Fetch{0, 0, 1}, c);
     asm volatile("" ::"r"(c) : "memory");  // as if the result were used
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }

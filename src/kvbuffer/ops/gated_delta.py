@@ -1,0 +1,122 @@
+"""What the heads of a Gated DeltaNet layer compute while every request decodes, in one call of the compiled kernels.
+
+Called one by one, the operators cost more in Python than a small one takes: after each of them the interpreter starts
+with cold caches. B requests, one token each; C convolution channels; HV value heads of V columns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from kvbuffer.ops import dispatch
+from kvbuffer.ops.cpu import backend
+from kvbuffer.ops.cpu.arguments import RecordsStruct, ShapeStruct, StatesStruct, kernel, records_of, shape_of, states_of
+from kvbuffer.ops.layout import RecordPages, StatePool
+from kvbuffer.ops.linear import Linear
+from kvbuffer.ops.rule import GATED_DELTANET
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("in_proj", "input_norm", "conv_weight", "a_log", "dt_bias", "ring_pool")),
+        *((name, c_int64) for name in ("taps", "ring_len", "ring_dtype")),
+        ("eps", c_double),
+        ("shape", ShapeStruct),
+        ("states", StatesStruct),
+        ("records", RecordsStruct),
+        ("seconds", c_double * 4),
+    )
+
+
+class GatedDeltaDecode:
+    """A layer's weights and memory, bound for decoding. Same bits as its operators called one by one.
+
+    Args:
+        in_proj: [C + HV * V + 2 * HV, hidden]: queries, keys and values, gate z, b and a; without bias.
+        input_norm: [hidden] float32, the norm in front.
+        eps: of the norm.
+        conv_weight: [W, C] float32, the oldest tap first.
+        a_log: [HV] float32, log of the decay rate.
+        dt_bias: [HV] float32.
+        states: the layer's states.
+        rings: [num_rings, R, C] float32 or bfloat16, the convolution's last inputs.
+        records: the layer's pages.
+
+    Attributes:
+        in_proj, states, records: as given.
+        seconds: what the last call's operators took: norm and projection, convolution, the delta rule's inputs, decode.
+    """
+
+    def __init__(
+        self,
+        in_proj: Linear,
+        input_norm: Tensor,
+        eps: float,
+        conv_weight: Tensor,
+        a_log: Tensor,
+        dt_bias: Tensor,
+        states: StatePool,
+        rings: Tensor,
+        records: RecordPages,
+    ) -> None:
+        self.in_proj, self.states, self.records = in_proj, states, records
+        self._pointed_to = (input_norm, conv_weight, a_log, dt_bias, rings)
+        self._heads = states.data.shape[1], states.data.shape[3]
+        no_pages = torch.empty(0, 0, dtype=torch.int32)
+        self._layer = _Layer(
+            in_proj.layer_ptr, input_norm.data_ptr(), conv_weight.data_ptr(), a_log.data_ptr(), dt_bias.data_ptr(),
+            rings.data_ptr(), conv_weight.shape[0], rings.shape[1], dispatch.DTYPE_CODES[rings.dtype], eps,
+            shape_of(GATED_DELTANET, states, records.keys.shape[1]), states_of(states), records_of(records, no_pages),
+        )  # fmt: skip
+        self.seconds = self._layer.seconds
+        self._layer_ptr = ctypes.addressof(self._layer)
+        self._kernel = kernel("kvb_gated_delta_decode", *[c_void_p] * 8, c_int64, *[c_void_p] * 4, c_int64)
+
+    @staticmethod
+    def covers(in_proj: Linear, states: StatePool, records: RecordPages) -> bool:
+        """Return whether the kernels compute such a layer."""
+        chosen = dispatch.backend_for(GATED_DELTANET, None, states, records)
+        return chosen is backend and in_proj.layer_ptr is not None
+
+    def __call__(
+        self,
+        x: Tensor | None,
+        residual: Tensor,
+        rings: Tensor,
+        cu_seqlens: Tensor,
+        context_lens: Tensor,
+        slots: Tensor,
+        page_table: Tensor,
+        fill: Tensor,
+        fold: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode one token of each request; states, records and rings move on.
+
+        Args:
+            x: [B, hidden] float32, contiguous, or None to add nothing.
+            residual: [B, hidden] float32, contiguous; ``x`` is added to it in place.
+            rings: [B] int32.
+            cu_seqlens: [B + 1] int32: 0 to B.
+            context_lens: [B] int32, position of each token.
+            slots: [B] int32; -1 for a request without a state.
+            page_table: [B, P] int32, rows adjacent.
+            fill: [B] int32, records before this step.
+            fold: [B] uint8, whether they are folded first; None to decode by the recurrence.
+
+        Returns:
+            The heads' outputs [B, HV, V] and the projections [B, C + HV * V + 2 * HV], float32.
+        """
+        requests = residual.shape[0]
+        projected = torch.empty(requests, self.in_proj.out_features)
+        out = torch.empty(requests, *self._heads)
+        self._kernel(
+            self._layer_ptr, None if x is None else x.data_ptr(), residual.data_ptr(), rings.data_ptr(),
+            cu_seqlens.data_ptr(), context_lens.data_ptr(), slots.data_ptr(), page_table.data_ptr(),
+            page_table.stride(0), fill.data_ptr(), None if fold is None else fold.data_ptr(), projected.data_ptr(),
+            out.data_ptr(), requests,
+        )  # fmt: skip
+        return out, projected
