@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from statistics import mean, median
 
@@ -28,6 +29,8 @@ from peers import MAX_MODEL_LEN, VLLM, HttpSystem, KVBuffer, LlamaCpp
 from prefix_serving import TRACES, Replay, token_of
 from prefix_traces import GENERATORS
 
+#: Where each prompt of the warm-up, and each trace, begins to number its tokens: caches are not emptied in between.
+_NUMBERS = count(10**8, 10**7)
 _console = Console(stderr=True)
 
 
@@ -68,6 +71,11 @@ class Pair:
             "uncached": plain(name, model, max_concurrency=4),
         }
 
+    @property
+    def groups(self) -> list[int]:
+        """The process groups of both."""
+        return [server.process.pid for server in self.servers.values()]
+
     def serve(self, prompt: list[int], output_len: int, order: int) -> dict[str, Completion]:
         """Return how both served a prompt, one after the other."""
         served = {}
@@ -88,8 +96,8 @@ def main() -> None:
                 _console.print(f"starting {server.name}")
                 server.start()
                 server.pause()
-            for number in range(3):  # what is slow at first
-                pair.serve([token_of(10**8 + number * 1000 + i) for i in range(1000)], args.output_len, 1)
+            for length in (50, 200, 1000, 50, 200, 2000):  # some compile, or ask for memory, at each length's first
+                _warm_up(pair, min(length, args.prompt_len), args.output_len)
         result = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": machine.commit(),
@@ -108,18 +116,25 @@ def main() -> None:
         _console.print(f"wrote {args.out}")
 
 
+def _warm_up(pair: Pair, prompt_len: int, output_len: int) -> None:
+    first = next(_NUMBERS)
+    pair.serve([token_of(first + i) for i in range(prompt_len)], output_len, 1)
+
+
 def _described(pair: Pair) -> dict:
     cached = pair.servers["cached"]
     return {"version": cached.version(), "caching": list(cached.caching)}
 
 
 def _replay(args: argparse.Namespace, trace: str, pairs: list[Pair]) -> dict:
-    replays = [Replay(trace, args.seed, args.requests, args.prompt_len, args.output_len) for _ in pairs]
+    first = next(_NUMBERS)
+    replays = [Replay(trace, args.seed, args.requests, args.prompt_len, args.output_len, first) for _ in pairs]
+    groups = [group for pair in pairs for group in pair.groups]
     served: dict[str, list[dict[str, Completion]]] = {pair.name: [] for pair in pairs}
     foreign = 0.0
     for number, prompts in enumerate(track(zip(*replays, strict=True), trace, args.requests, console=_console)):
         order = -1 if number % 2 else 1
-        with machine.ForeignLoad() as load:
+        with machine.ForeignLoad(*groups) as load:
             for pair, replay, prompt in list(zip(pairs, replays, prompts, strict=True))[::order]:
                 both = pair.serve(prompt, args.output_len, order)
                 replay.answer(both["cached"].token_ids)

@@ -47,11 +47,11 @@ class Served(NamedTuple):
 
 
 class Replay:
-    """A trace whose prompts hold the answers that were really given."""
+    """A trace whose prompts hold the answers that were really given; its tokens are numbered from ``first``."""
 
-    def __init__(self, trace: str, seed: int, requests: int, prompt_len: int, output_len: int) -> None:
+    def __init__(self, trace: str, seed: int, requests: int, prompt_len: int, output_len: int, first: int = 0) -> None:
         self._requests = islice(GENERATORS[trace](seed), requests)
-        self.prompt_len, self.output_len = prompt_len, output_len
+        self.prompt_len, self.output_len, self._first = prompt_len, output_len, first
         self._answers: dict[int, int | None] = {}
 
     def __iter__(self) -> Iterator[list[int]]:
