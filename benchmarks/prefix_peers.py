@@ -30,7 +30,7 @@ from prefix_serving import TRACES, Replay, token_of
 from prefix_traces import GENERATORS
 
 #: Where each prompt of the warm-up, and each trace, begins to number its tokens: caches are not emptied in between.
-_NUMBERS = count(10**8, 10**7)
+_NUMBERS = count(10**8, 10**7 + 1234)
 _console = Console(stderr=True)
 
 

@@ -56,7 +56,7 @@ class Replay:
 
     def __iter__(self) -> Iterator[list[int]]:
         for request in self._requests:
-            tokens = (self._answers.get(number, token_of(number)) for number in request.prompt)
+            tokens = (self._answers.get(number, token_of(self._first + number)) for number in request.prompt)
             prompt = [token for token in tokens if token is not None][: self.prompt_len]
             self._numbers = request.output
             # Those that are not reached are no part of any later prompt.
