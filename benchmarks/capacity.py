@@ -288,9 +288,8 @@ class Guesses(Drafter):
         return [Draft(list(range(limit))) for limit in limits]
 
 
-def run_engine(case: Case, tier: tuple[str, str], budget: int, num_draft_tokens: int = 0) -> dict:
-    """The same with the engine itself, for the clients found in simulation."""
-    folder = resolve_model("demo")
+def run_engine(folder: Path, case: Case, tier: tuple[str, str], budget: int, num_draft_tokens: int = 0) -> dict:
+    """The same with the engine itself and the checkpoint in ``folder``, for the clients found in simulation."""
     model = ModelConfig.from_folder(folder)
     shape = model.cache_shape
     baseline = int(budget / baseline_bytes(shape, case, num_draft_tokens))
@@ -386,7 +385,8 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
     if args.engine_mib:
         cases = [(CASES[1], TIERS[1]), (CASES[4], TIERS[2]), (CASES[-1], TIERS[2])]
-        result["engine"] = [run_engine(case, tier, args.engine_mib << 20) for case, tier in cases]
+        demo = resolve_model("demo")
+        result["engine"] = [run_engine(demo, case, tier, args.engine_mib << 20) for case, tier in cases]
     print(markdown(result))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

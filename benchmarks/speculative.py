@@ -190,15 +190,20 @@ def make(name: str, engine: Engine) -> Drafter:
 
 
 def capacity_rows() -> Iterator[dict]:
-    """Yield the rows of the table of requests that fit: Qwen3-Next's shapes simulated, the demo model for real."""
+    """Yield the rows of the table of requests that fit: Qwen3-Next's shapes simulated, two models for real.
+
+    The dense model has heads of 128, as Qwen3-Next, the demo model of 64.
+    """
     for case in CAPACITY_CASES:
         for tier in capacity.TIERS:
             shape = capacity.SHAPES["Qwen3-Next-80B-A3B"]
             row = capacity.measure(shape, 8 << 30, case, tier, CAPACITY_DRAFTS)
             yield {"model": "Qwen3-Next-80B-A3B"} | row | {"fit": row["served"]}
-    for tier in (capacity.TIERS[0], capacity.TIERS[2]):
-        row = capacity.run_engine(CAPACITY_CASES[-1], tier, 32 << 20, CAPACITY_DRAFTS)
-        yield {"model": "demo"} | row | {"fit": row["ran_at_once"]}
+    for model, budget in (("demo", 32 << 20), ("dense", 256 << 20)):
+        for case in CAPACITY_CASES:
+            for tier in (capacity.TIERS[0], capacity.TIERS[2]):
+                row = capacity.run_engine(checkpoint(model), case, tier, budget, CAPACITY_DRAFTS)
+                yield {"model": model} | row | {"fit": row["ran_at_once"]}
 
 
 def operator_rows(rounds: int) -> list[dict]:
