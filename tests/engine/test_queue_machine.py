@@ -20,10 +20,12 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue = queue(max_len=12)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.num_pushed = 0
 
     @rule(client=st.sampled_from("abcd"), priority=st.integers(0, 2), cost=st.integers(1, 300))
     def push(self, client: str, priority: int, cost: int) -> None:
-        new = request("r", client, priority, cost)
+        self.num_pushed += 1
+        new = request(str(self.num_pushed), client, priority, cost)
         mine = sum(r.options.client == client for r in self.waiting)
         free = 12 - len(self.waiting)
         if mine < free:
@@ -37,7 +39,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(salt=st.integers(1, 1000))
     def pop(self, salt: int) -> None:
-        first = take(self.queue, lambda r: id(r) % salt)
+        first = take(self.queue, lambda r: 7919 * int(r.request_id) % salt)
         self.waiting.remove(first)
         self.running.append(first)
 
