@@ -32,9 +32,10 @@ from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.forms import LONGEST_BUFFER
 from kvbuffer.engine.runner import Runner
 from kvbuffer.models import decoder, layers
-from kvbuffer.ops.gated_delta import GatedDeltaDecode
+from kvbuffer.ops.blocks import AttentionStruct, Block, Blocks, GatedDeltaStruct, SwigluMlpStruct
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.mlp import SwigluMlp
+from kvbuffer.ops.sparse_moe import SparseMoeMlp
 from peers import MAX_MODEL_LEN
 from report import PREFILL, show_operators
 
@@ -110,9 +111,7 @@ def install(clock: Clock) -> None:
         (layers, "buffered_verify", _buffered_verify),
         (layers, "chunked_prefill", _chunked_prefill),
         (layers, "paged_attention", _paged_attention),
-        (layers, "moe_mlp", _moe_mlp),
-        *((layers, name, _streaming(name)) for name in ("attention_inputs", "route", "add_rms_norm")),
-        *((layers, name, _streaming(name)) for name in ("causal_conv", "gated_delta_inputs")),
+        *((layers, name, _streaming(name)) for name in ("attention_inputs", "causal_conv", "gated_delta_inputs")),
         *((engine_module, name, _stage("sample")) for name in ("Logits", "extend_output")),
         *((Linear, name, _linear) for name in ("__call__", "of_add_rms_norm", "of_gated_rms_norm")),
         *((SwigluMlp, name, _swiglu_mlp) for name in ("__call__", "of_add_rms_norm")),
@@ -122,7 +121,8 @@ def install(clock: Clock) -> None:
         (Engine, "step", _stage("scheduling, committing, text")),
     ):
         setattr(module, name, clock.wrap(getattr(module, name), describe))
-    GatedDeltaDecode.__call__ = clock.split(GatedDeltaDecode.__call__, _gated_delta_decode)
+    Blocks.__call__ = clock.split(Blocks.__call__, _blocks)
+    SparseMoeMlp.__call__ = clock.split(SparseMoeMlp.__call__, lambda result, moe, *_: _sparse_moe(result, moe))
 
 
 def profile_decode(clock: Clock, engine: Engine, concurrency: int, limits: dict) -> list[dict]:
@@ -221,11 +221,18 @@ def _swiglu_mlp(result, mlp, *arguments) -> Work:
     return Work("mlp", weights.nbytes + _nbytes(*arguments, result), num_flops)
 
 
-def _moe_mlp(result, x, expert_ids, expert_weights, experts) -> Work:
-    used = torch.unique(expert_ids).numel()
-    weights = 3 * experts.hidden_size * experts.intermediate_size
-    num_bytes = used * experts.nbytes // experts.num_experts + _nbytes(x, result)
-    return Work("moe_mlp", num_bytes, 2 * expert_ids.numel() * weights)
+def _sparse_moe(result, moe) -> list[tuple[float, Work]]:
+    experts, tokens, streamed = moe.experts, len(result), _nbytes(result)
+    # As many as random tokens choose; which these have chosen is not known here.
+    used = experts.num_experts * (1 - (1 - moe.top_k / experts.num_experts) ** tokens)
+    flops = 6 * tokens * moe.top_k * experts.hidden_size * experts.intermediate_size
+    works = (
+        _linear(result[:, :1].expand(-1, experts.num_experts), moe.router, result)._replace(label="norm and routing"),
+        _swiglu_mlp(result, moe.shared)._replace(label="shared expert"),
+        Work("experts", int(used / experts.num_experts * experts.nbytes) + 2 * streamed, flops),
+        Work("sum of experts", 3 * streamed),
+    )
+    return list(zip(moe.struct.seconds, works, strict=True))
 
 
 def _paged_attention(result, q, pages, page_table, cu_seqlens, context_lens, gate=None, parents=None) -> Work:
@@ -263,22 +270,51 @@ def _buffered_verify(result, rule, tokens, states, slots, records, page_table, f
     return Work("buffered_verify", state_bytes + record_bytes + _nbytes(*tokens[:3], result), num_flops)
 
 
-def _gated_delta_decode(result, layer, x, residual, rings, cu_seqlens, context_lens, slots, page_table, fill, fold):
-    out, projected = result
-    conv_dim = projected.shape[1] - out[0].numel() - 2 * out.shape[1]
-    qkv, _, *gates = projected.split([conv_dim, out[0].numel(), out.shape[1], out.shape[1]], 1)
-    tokens = (qkv, *gates)
+def _blocks(result, blocks, token_ids, positions, cu_seqlens, context_lens, tables, rings, *buffer):
+    parts = []
+    for block, seconds in zip(blocks.blocks, blocks.seconds, strict=True):
+        if isinstance(block.struct, GatedDeltaStruct):
+            parts += _gated_delta_block(block, seconds, result[0], *buffer)
+        elif isinstance(block.struct, AttentionStruct):
+            parts += _attention_block(block, seconds, result[0], cu_seqlens, context_lens)
+        elif isinstance(block.struct, SwigluMlpStruct):
+            parts.append((seconds, _swiglu_mlp(result[0], block.keeps[0], *result)))
+        else:
+            parts += _sparse_moe(result[0], block.keeps[0])
+    return parts
+
+
+def _gated_delta_block(block: Block, seconds: float, x, slots, record_table, fill, fold) -> list[tuple[float, Work]]:
+    layer, _, out_proj = block.keeps
+    states, tokens = layer.states, len(x)
+    value_heads, value_dim = states.data.shape[1], states.data.shape[3]
+    qkv, b, a = x.new_empty(tokens, block.struct.channels), *(x.new_empty(tokens, value_heads) for _ in range(2))
+    projected, heads = x.new_empty(tokens, layer.in_proj.out_features), x.new_empty(tokens, value_heads, value_dim)
     if fold is None:
-        decode = _recurrent_decode(out, None, tokens, layer.states, slots)
+        decode = _recurrent_decode(heads, None, (qkv, b, a), states, slots)
     else:
-        decode = _buffered_decode(out, None, tokens, layer.states, slots, layer.records, page_table, fill, fold)
+        decode = _buffered_decode(heads, None, (qkv, b, a), states, slots, layer.records, record_table, fill, fold)
     works = (
-        _linear(projected, layer.in_proj, x, residual),
+        _linear(projected, layer.in_proj, x, x),
         _streaming("causal_conv")(qkv),
-        _streaming("gated_delta_inputs")(gates),
+        _streaming("gated_delta_inputs")((b, a)),
         decode,
+        _linear(x, out_proj, heads),
     )
-    return list(zip(layer.seconds, works, strict=True))
+    return list(zip([*layer.seconds, seconds - sum(layer.seconds)], works, strict=True))
+
+
+def _attention_block(block: Block, seconds: float, x, cu_seqlens, context_lens) -> list[tuple[float, Work]]:
+    qkv_proj, *_, pages, out_proj = block.keeps
+    tokens, own = len(x), block.struct
+    q, projected = x.new_empty(tokens, own.heads, own.dim), x.new_empty(tokens, qkv_proj.out_features)
+    works = (
+        _linear(projected, qkv_proj, x, x),
+        _streaming("attention_inputs")(q),
+        _paged_attention(q.flatten(1), q, pages, None, cu_seqlens, context_lens),
+        _linear(x, out_proj, q),
+    )
+    return list(zip([*own.seconds, seconds - sum(own.seconds)], works, strict=True))
 
 
 def _buffered_decode(result, rule, tokens, states, slots, records, page_table, fill, fold) -> Work:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -157,7 +158,8 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
-    def step(self) -> list[CompletionDelta]:
+    def step(self, before_computing: Callable[[], None]) -> list[CompletionDelta]:
+        before_computing()
         self.num_steps += 1
         if self.num_steps == self.fail_at_step:
             raise RuntimeError("the engine broke")

@@ -153,6 +153,7 @@ class AsyncEngine:
         # Used by the engine's thread only.
         self._running = True
         self._answers: list[tuple[DeltaStream, KVBufferError | None]] = []
+        self._deltas: list[CompletionDelta] = []
 
     @property
     def failed(self) -> bool:
@@ -264,27 +265,32 @@ class AsyncEngine:
     # What follows runs in the engine's thread.
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        # What a step gave is posted when the next one is about to be computed. The event loop then has the interpreter
+        # to itself; earlier, it would take turns with the scheduling of that step and delay it.
+        post = partial(self._post, loop)
         try:
             while self._running:
-                while not self.engine.has_work() and self._inbox.empty() and self.engine.prepare():
-                    pass
                 if not self.engine.has_work():
+                    post()
+                    while self._inbox.empty() and self.engine.prepare():
+                        pass
                     self._inbox.get()()  # sleeps until there is something to do
                 while not self._inbox.empty():
                     self._inbox.get()()
-                self._post(loop, [])  # whoever was refused need not wait for the step
                 if self._running and self.engine.has_work():
-                    self._post(loop, self.engine.step())
+                    self._deltas = self.engine.step(before_computing=post)
+            post()
             self.engine.close()
         except BaseException as error:
             logger.exception("The engine failed; every running request fails with it.")
+            post()
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._on_failure, error)
 
-    def _post(self, loop: asyncio.AbstractEventLoop, deltas: list[CompletionDelta]) -> None:
-        if (self._answers or deltas) and not loop.is_closed():
-            loop.call_soon_threadsafe(self._deliver, self._answers, deltas)
-            self._answers = []
+    def _post(self, loop: asyncio.AbstractEventLoop) -> None:
+        if (self._answers or self._deltas) and not loop.is_closed():
+            loop.call_soon_threadsafe(self._deliver, self._answers, self._deltas)
+            self._answers, self._deltas = [], []
 
     def _add(self, stream: DeltaStream, inputs: Sequence[EngineInput]) -> None:
         added = []

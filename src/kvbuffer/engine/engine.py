@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -255,14 +256,17 @@ class Engine:
         """Return whether a step would do anything."""
         return bool(self._requests)
 
-    def step(self) -> list[CompletionDelta]:
+    def step(self, before_computing: Callable[[], None] | None = None) -> list[CompletionDelta]:
         """Schedule, run, commit; return what each request that got a token gained.
 
         If that fails, all requests and prefixes are forgotten, for nobody knows what has been written, and the
         exception is raised.
+
+        Args:
+            before_computing: is called when what follows is long and leaves the interpreter to other threads.
         """
         try:
-            return self._step()
+            return self._step(before_computing or _nothing)
         except BaseException:
             for request in self._requests.values():
                 self._finish(request, publish=False)
@@ -270,14 +274,17 @@ class Engine:
             self.reset_prefix_cache()
             raise
 
-    def _step(self) -> list[CompletionDelta]:
+    def _step(self, before_computing: Callable[[], None]) -> list[CompletionDelta]:
         drafts = None
         if self._speculator is not None:
             # Drafters may write to pages that are taken for them, so nothing may still have to be read from there.
             self._runner.do_memory_work()
+            before_computing()
             drafts = self._speculator.draft(self._scheduler.decoding)
         began = time.perf_counter()
         batch = self._scheduler.schedule(drafts)
+        if self._speculator is None:
+            before_computing()
         if not batch:
             return []
         ran = time.perf_counter()
@@ -350,6 +357,10 @@ class Engine:
             raise RuntimeError("rows in use are not the ones of the running requests")
         if len(self._requests) != len(self._scheduler.running) + len(self._scheduler.waiting):
             raise RuntimeError("a request is neither running nor waiting")
+
+
+def _nothing() -> None:
+    pass
 
 
 def _read_generation_config(folder: Path) -> dict[str, Any]:

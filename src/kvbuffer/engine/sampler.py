@@ -7,9 +7,9 @@ mass among what is left. The token sampled is the first whose cumulative weight 
 weight; u, uniform in [0, 1), is the element of the request's Philox stream at the token's output position.
 
 A row's largest logit, which is all that a greedy request needs, is found for all rows of a step in one call. What else
-a row needs is done row by row. All of it is NumPy's, on one thread in one fixed order, so a row's result cannot depend
-on the batch or on the number of threads; its reductions over a row are also far faster than PyTorch's arg max, top-k
-and sort. A few large logits decide almost every draw: no full sort is made unless they turn out not to.
+a row needs is done row by row, by NumPy on one thread in one fixed order, so a row's result cannot depend on the batch
+or on the number of threads; its reductions over a row are also far faster than PyTorch's arg max, top-k and sort. A few
+large logits decide almost every draw: no full sort is made unless they turn out not to.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from kvbuffer.engine.request import TokenLogprob
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.sampling_state import SamplingState
+from kvbuffer.ops.argmax import finite_argmax
 
 Row = npt.NDArray[np.float32]
 
@@ -46,9 +47,7 @@ class Logits:
 
     def __init__(self, logits: Tensor) -> None:
         self.rows: npt.NDArray[np.float32] = logits.numpy()
-        best = self.rows.argmax(1)  # NaN counts as largest
-        peaks = self.rows[np.arange(len(best)), best]
-        self.best: list[int] = np.where(np.isfinite(peaks), best, -1).tolist()
+        self.best: list[int] = finite_argmax(logits).tolist()
 
 
 class SampledToken(NamedTuple):

@@ -19,6 +19,7 @@ from kvbuffer.models.group import read_group
 from kvbuffer.models.inputs import ModelInputs
 from kvbuffer.models.layers import GatedAttention, GatedDeltaNet, Mlp, RotaryTable, read_mlp, zero_centred
 from kvbuffer.models.weights import WeightReader
+from kvbuffer.ops.blocks import Block, Blocks
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.norm import add_rms_norm
 
@@ -37,6 +38,10 @@ class DecoderLayer(NamedTuple):
         """Map [N, hidden] to [N, hidden]: add ``x`` to ``residual`` in place, return what is still to be added."""
         x = self.mixer.forward(x, residual, inputs, cache)  # type: ignore[arg-type]  # a layer gets its kind of cache
         return self.mlp.forward(x, residual)
+
+    def blocks(self, cache: LinearCache | AttentionCache) -> tuple[Block | None, Block | None]:
+        """Return the layer on its memory as blocks that decode in one call; None where there are no kernels for one."""
+        return self.mixer.block(cache), self.mlp.block()  # type: ignore[arg-type]  # a layer gets its kind of cache
 
 
 def read_layer(reader: WeightReader, layers: str, index: int, config: ModelConfig, rotary: RotaryTable) -> DecoderLayer:
@@ -123,6 +128,8 @@ class Decoder:
             reader.finish()
         finally:
             reader.close()
+        self._blocks: Blocks | None = None
+        self._bound: Sequence[LinearCache | AttentionCache] | None = None
 
     def _open(self, folder: Path, ignored: Sequence[str], show_progress: bool) -> WeightReader:
         return WeightReader(folder, self.dtype, ignored, show_progress, self._adapter)
@@ -153,7 +160,9 @@ class Decoder:
         """
         x, residual = self._layers(inputs, caches)
         rows = inputs.logits_rows
-        return self.lm_head.of_add_rms_norm(x[rows], residual[rows], self.norm, self.config.rms_norm_eps)
+        if len(rows) < len(x):
+            x, residual = x[rows], residual[rows]
+        return self.lm_head.of_add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def forward_with_hidden(
@@ -173,9 +182,25 @@ class Decoder:
 
     def _layers(self, inputs: ModelInputs, caches: Sequence[LinearCache | AttentionCache]) -> tuple[Tensor, Tensor]:
         """Return the last layer's output, and the residual stream that it is still to be added to."""
+        blocks = self._decode_on(caches) if inputs.decodes else None
+        if blocks is not None:
+            part, where = inputs.sections[0], (inputs.positions, inputs.cu_seqlens, inputs.context_lens)
+            buffer = (inputs.rings, part.slots, part.page_table, part.fill)
+            return blocks(inputs.token_ids, *where, inputs.attention_page_table, *buffer, inputs.fold)
         residual = self.embed(inputs.token_ids)
         x: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=False):
             x = layer.forward(x, residual, inputs, cache)
         assert x is not None
         return x, residual
+
+    def _decode_on(self, caches: Sequence[LinearCache | AttentionCache]) -> Blocks | None:
+        """Return all layers on their memory in one call; None where some are grouped or have no kernels."""
+        if self._bound is not caches:
+            self._bound, self._blocks = caches, None
+            layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+            pairs = zip(layers, caches, strict=False)
+            blocks = [block for layer, cache in pairs for block in layer.blocks(cache) if block is not None]
+            if len(blocks) == 2 * len(self.layers):
+                self._blocks = Blocks(self.embedding, blocks)
+        return self._blocks

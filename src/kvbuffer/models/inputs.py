@@ -79,3 +79,14 @@ class ModelInputs:
     logits_rows: Tensor
     sections: tuple[LinearSection, ...]
     parents: Tensor | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the batch is one token of each request, all in the same form."""
+        return len(self.sections) == 1 and self.sections[0].form in (LinearForm.RECURRENT, LinearForm.BUFFERED)
+
+    @property
+    def fold(self) -> Tensor | None:
+        """Which requests of such a batch fold their records; None for the recurrence, which has none."""
+        part = self.sections[0]
+        return part.fold if part.form is LinearForm.BUFFERED else None

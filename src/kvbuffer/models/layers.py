@@ -19,6 +19,8 @@ from kvbuffer.models.config import ModelConfig, MoeConfig
 from kvbuffer.models.inputs import LinearForm, ModelInputs
 from kvbuffer.models.weights import TensorReader, WeightReader
 from kvbuffer.ops.attention import attention_inputs, paged_attention
+from kvbuffer.ops.attention import has_kernels as has_attention_kernels
+from kvbuffer.ops.blocks import Block, attention_block, gated_delta_block, sparse_moe_block, swiglu_block
 from kvbuffer.ops.buffered import buffered_decode, buffered_verify, recurrent_decode
 from kvbuffer.ops.chunked import chunked_prefill
 from kvbuffer.ops.conv import causal_conv
@@ -26,11 +28,10 @@ from kvbuffer.ops.gated_delta import GatedDeltaDecode
 from kvbuffer.ops.layout import Tokens
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.mlp import SwigluMlp
-from kvbuffer.ops.moe import PackedExperts, moe_mlp, route
-from kvbuffer.ops.norm import add_rms_norm, gated_delta_inputs
+from kvbuffer.ops.moe import PackedExperts
+from kvbuffer.ops.norm import gated_delta_inputs
 from kvbuffer.ops.rule import GATED_DELTANET
-
-_DECODE_FORMS = (LinearForm.RECURRENT, LinearForm.BUFFERED)
+from kvbuffer.ops.sparse_moe import SparseMoeMlp
 
 
 class RotaryTable:
@@ -76,13 +77,11 @@ class DeltaHeads:
     ) -> tuple[Tensor, Tensor]:
         """Return the heads' outputs [N, HV, V] and their gates [N, HV * V]; states, buffers and rings move on."""
         shape = self.shape
-        if self._bound is not cache:
-            self._bind(cache)
-        if self._decode is not None and len(inputs.sections) == 1 and inputs.sections[0].form in _DECODE_FORMS:
+        decode = self.decode_on(cache) if inputs.decodes else None
+        if decode is not None:
             part = inputs.sections[0]
-            fold = part.fold if part.form is LinearForm.BUFFERED else None
-            buffer = (part.slots, part.page_table, part.fill, fold)
-            heads, projected = self._decode(x, residual, inputs.rings, inputs.cu_seqlens, inputs.context_lens, *buffer)
+            buffer = (part.slots, part.page_table, part.fill, inputs.fold)
+            heads, projected = decode(x, residual, inputs.rings, inputs.cu_seqlens, inputs.context_lens, *buffer)
             return heads, projected[:, shape.conv_dim : shape.conv_dim + shape.value_dim]
         projected = self.in_proj.of_add_rms_norm(x, residual, self.input_norm, self.eps)
         where = (cache.rings, inputs.rings, inputs.cu_seqlens, inputs.context_lens)
@@ -98,12 +97,14 @@ class DeltaHeads:
         q, k = qk.split_with_sizes((shape.num_key_heads, shape.num_key_heads), 1)
         return self._mix(Tokens(q, k, v, g, beta), inputs, cache), z
 
-    def _bind(self, cache: LinearCache) -> None:
-        """Prepare for decoding on a layer's memory."""
-        self._bound, self._decode = cache, None
-        if GatedDeltaDecode.covers(self.in_proj, cache.states, cache.records):
-            norm, weights = (self.input_norm, self.eps), (self.conv_weight, self.a_log, self.dt_bias)
-            self._decode = GatedDeltaDecode(self.in_proj, *norm, *weights, cache.states, cache.rings, cache.records)
+    def decode_on(self, cache: LinearCache) -> GatedDeltaDecode | None:
+        """Return what decodes on a layer's memory in one call; None where there are no kernels for it."""
+        if self._bound is not cache:
+            self._bound, self._decode = cache, None
+            if GatedDeltaDecode.covers(self.in_proj, cache.states, cache.records):
+                norm, weights = (self.input_norm, self.eps), (self.conv_weight, self.a_log, self.dt_bias)
+                self._decode = GatedDeltaDecode(self.in_proj, *norm, *weights, cache.states, cache.rings, cache.records)
+        return self._decode
 
     @staticmethod
     def _mix(tokens: Tokens, inputs: ModelInputs, cache: LinearCache) -> Tensor:
@@ -143,6 +144,11 @@ class GatedDeltaNet:
     def forward(self, x: Tensor | None, residual: Tensor, inputs: ModelInputs, cache: LinearCache) -> Tensor:
         """Map [N, hidden] to [N, hidden]; the requests' states, buffers and rolling inputs move on."""
         return self.out.forward(*self.heads.forward(x, residual, inputs, cache))
+
+    def block(self, cache: LinearCache) -> Block | None:
+        """Return the layer on its memory as one of the blocks that decode in one call; None without kernels for it."""
+        heads, out = self.heads.decode_on(cache), self.out
+        return None if heads is None else gated_delta_block(heads, out.norm_weight, out.eps, out.out_proj)
 
 
 class DeltaOutput:
@@ -205,6 +211,16 @@ class GatedAttention:
         """Map [N, hidden] to [N, hidden]; the new tokens' keys and values are written to their pages."""
         return self.o_proj(self.heads.forward(x, residual, inputs, cache))
 
+    def block(self, cache: AttentionCache) -> Block | None:
+        """As :meth:`GatedDeltaNet.block`."""
+        heads, config = self.heads, self.heads.config
+        if heads.qkv_proj.layer_ptr is None or not has_attention_kernels(cache.pages.dtype, config.head_dim):
+            return None
+        norms, rotary = (heads.input_norm, heads.q_norm, heads.k_norm), (heads.rotary.cos, heads.rotary.sin)
+        return attention_block(
+            heads.qkv_proj, *norms, *rotary, cache.pages, config.num_heads, config.rms_norm_eps, self.o_proj
+        )
+
 
 def attention_output(reader: TensorReader, prefix: str, config: ModelConfig) -> Linear:
     """Return the output projection of a full-attention layer."""
@@ -219,6 +235,10 @@ class Mlp(Protocol):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Map [N, hidden] to [N, hidden]."""
+        ...
+
+    def block(self) -> Block | None:
+        """As :meth:`GatedDeltaNet.block`."""
         ...
 
 
@@ -240,6 +260,10 @@ class DenseMlp:
         """Map [N, hidden] to [N, hidden]."""
         return self.mlp.of_add_rms_norm(x, residual, self.input_norm, self.eps)
 
+    def block(self) -> Block | None:
+        """As :meth:`GatedDeltaNet.block`."""
+        return None if self.mlp.weights.lib is None else swiglu_block(self.mlp, self.input_norm, self.eps)
+
 
 class SparseMoe:
     """A mixture of SwiGLU experts, of which each token takes the top k, plus one gated expert that all tokens share."""
@@ -247,29 +271,21 @@ class SparseMoe:
     def __init__(
         self, reader: WeightReader, prefix: str, config: ModelConfig, input_norm: Tensor, moe: MoeConfig
     ) -> None:
-        self.moe, self.input_norm, self.eps, hidden = moe, input_norm, config.rms_norm_eps, config.hidden_size
-        router = reader.take(f"{prefix}gate.weight", moe.num_experts, hidden)
-        self.router = Linear(router)
-        self.experts = PackedExperts(*expert_weights(reader, f"{prefix}experts.", hidden, moe))
-        shared = swiglu_weights(reader, f"{prefix}shared_expert.", hidden, moe.shared_intermediate_size)
-        self.shared = SwigluMlp(*shared)
-        self.shared_gate = Linear(reader.take(f"{prefix}shared_expert_gate.weight", 1, hidden))
+        hidden = config.hidden_size
+        router = Linear(reader.take(f"{prefix}gate.weight", moe.num_experts, hidden))
+        experts = PackedExperts(*expert_weights(reader, f"{prefix}experts.", hidden, moe))
+        shared = SwigluMlp(*swiglu_weights(reader, f"{prefix}shared_expert.", hidden, moe.shared_intermediate_size))
+        shared_gate = Linear(reader.take(f"{prefix}shared_expert_gate.weight", 1, hidden))
+        routing = (router, experts, moe.top_k, moe.normalize)
+        self.moe = SparseMoeMlp(input_norm, config.rms_norm_eps, *routing, shared, shared_gate)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Map [N, hidden] to [N, hidden]."""
-        normed = add_rms_norm(x, residual, self.input_norm, self.eps)
-        expert_ids, expert_weights = route(self.router(normed), self.moe.top_k, self.moe.normalize)
-        shared = sigmoid_of_rows(self.shared_gate(normed)) * self.shared(normed)
-        return moe_mlp(normed, expert_ids, expert_weights, self.experts).add_(shared)
+        return self.moe(x, residual)
 
-
-def sigmoid_of_rows(x: Tensor) -> Tensor:
-    """Return the sigmoid of [..., 1], the bits of an element being its own affair.
-
-    PyTorch computes the elements behind a tensor's last whole pair of vectors by other code, with other bits. So each
-    one is computed as a row of vectors.
-    """
-    return torch.sigmoid(x.repeat_interleave(32, -1))[..., :1]
+    def block(self) -> Block | None:
+        """As :meth:`GatedDeltaNet.block`."""
+        return None if self.moe.struct is None else sparse_moe_block(self.moe)
 
 
 def read_mlp(reader: WeightReader, prefix: str, config: ModelConfig, index: int, input_norm: Tensor) -> Mlp:

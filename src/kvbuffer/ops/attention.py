@@ -81,7 +81,7 @@ def attention_inputs(
         Queries, [N, H, D] float32.
     """
     lib = dispatch.cpu_kernels()
-    if lib is None or not _supported(pages.dtype, head_dim):
+    if lib is None or not has_kernels(pages.dtype, head_dim):
         return _attention_inputs_portable(
             qkv, q_norm_weight, k_norm_weight, cos, sin, positions, pages, page_table, cu_seqlens,
             context_lens, num_heads, num_kv_heads, head_dim, eps,
@@ -131,7 +131,7 @@ def paged_attention(
     """
     num_tokens, num_heads, head_dim = q.shape
     lib = dispatch.cpu_kernels()
-    if lib is None or not _supported(pages.dtype, head_dim):
+    if lib is None or not has_kernels(pages.dtype, head_dim):
         return _paged_attention_portable(q, pages, page_table, cu_seqlens, context_lens, gate, parents)
     out = q.new_empty(num_tokens, num_heads * head_dim)
     _declare(lib)
@@ -164,7 +164,8 @@ def compact_pages(
         part[to_page, :, target % PAGE_SIZE] = part[from_page, :, source % PAGE_SIZE]
 
 
-def _supported(dtype: torch.dtype, head_dim: int) -> bool:
+def has_kernels(dtype: torch.dtype, head_dim: int) -> bool:
+    """Return whether the compiled kernels, where there are any, take pages of such a dtype and width."""
     return dtype in dispatch.DTYPE_CODES and head_dim % _WIDEST_VECTOR == 0 and head_dim <= _MAX_HEAD_DIM
 
 

@@ -48,6 +48,7 @@ class GatedDeltaDecode:
 
     Attributes:
         in_proj, states, records: as given.
+        layer_ptr: where the kernels find the layer.
         seconds: what the last call's operators took: norm and projection, convolution, the delta rule's inputs, decode.
     """
 
@@ -73,7 +74,7 @@ class GatedDeltaDecode:
             shape_of(GATED_DELTANET, states, records.keys.shape[1]), states_of(states), records_of(records, no_pages),
         )  # fmt: skip
         self.seconds = self._layer.seconds
-        self._layer_ptr = ctypes.addressof(self._layer)
+        self.layer_ptr = ctypes.addressof(self._layer)
         self._kernel = kernel("kvb_gated_delta_decode", *[c_void_p] * 8, c_int64, *[c_void_p] * 4, c_int64)
 
     @staticmethod
@@ -114,7 +115,7 @@ class GatedDeltaDecode:
         projected = torch.empty(requests, self.in_proj.out_features)
         out = torch.empty(requests, *self._heads)
         self._kernel(
-            self._layer_ptr, None if x is None else x.data_ptr(), residual.data_ptr(), rings.data_ptr(),
+            self.layer_ptr, None if x is None else x.data_ptr(), residual.data_ptr(), rings.data_ptr(),
             cu_seqlens.data_ptr(), context_lens.data_ptr(), slots.data_ptr(), page_table.data_ptr(),
             page_table.stride(0), fill.data_ptr(), None if fold is None else fold.data_ptr(), projected.data_ptr(),
             out.data_ptr(), requests,

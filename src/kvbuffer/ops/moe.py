@@ -14,6 +14,16 @@ from kvbuffer.ops.linear import choose_compute, packed_dtype, weight_scale
 _P, _I, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
+class SwigluStruct(ctypes.Structure):
+    """Packed SwiGLU weights as the C interface passes them; operators.h describes them."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("gate_up", "down")),
+        *((name, ctypes.c_double) for name in ("gate_up_scale", "down_scale")),
+        *((name, ctypes.c_int64) for name in ("hidden", "intermediate", "compute")),
+    )
+
+
 @cache
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     """Give the C functions of this file their signatures."""
@@ -101,6 +111,11 @@ class PackedExperts:
                 self.down.data_ptr(),
             )
         self.nbytes = self.gate_up.nbytes + self.down.nbytes
+
+    def struct(self) -> SwigluStruct:
+        """Return the weights, which have to outlive it, as the compiled kernels find them."""
+        pointers = self.gate_up.data_ptr(), self.down.data_ptr()
+        return SwigluStruct(*pointers, *self.scales, self.hidden_size, self.intermediate_size, self.compute)
 
 
 def moe_mlp(

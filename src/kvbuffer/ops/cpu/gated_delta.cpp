@@ -8,13 +8,11 @@
 //                                          decodes by the recurrence
 //   projected  [B, C + HV * V + 2 * HV]    float32  written: queries, keys and values (C), gate, b, a
 //   out        [B, HV, V]         float32  written
-#include <chrono>
-
 #include "gemm.h"
+#include "laps.h"
 #include "operators.h"
 
 namespace kvb {
-namespace {  // names of this file: two files may use the same one
 
 // A layer and its memory. kvbuffer/ops/gated_delta.py mirrors this struct field by field.
 struct GatedDeltaLayer {
@@ -29,7 +27,6 @@ struct GatedDeltaLayer {
   double seconds[4];    // written: what each operator took
 };
 
-}  // namespace
 }  // namespace kvb
 
 using namespace kvb;
@@ -45,21 +42,15 @@ extern "C" void kvb_gated_delta_decode(GatedDeltaLayer* layer, const float* x, f
   float* qkv = space.get<float>(requests * (channels + 2 * shape.HV));
   float *g = qkv + requests * channels, *beta = g + requests * shape.HV;
   const float* b = projected + channels + values;
-  using Clock = std::chrono::steady_clock;
-  auto last = Clock::now();
-  const auto took = [&](int operation) {
-    const auto now = Clock::now();
-    layer->seconds[operation] = std::chrono::duration<double>(now - last).count();
-    last = now;
-  };
+  Laps laps(layer->seconds);
   kvb_add_rms_norm_linear(x, residual, layer->input_norm, layer->eps, requests, layer->in_proj, projected);
-  took(0);
+  laps.end();
   kvb_causal_conv(projected, width, layer->conv_weight, layer->ring_pool, rings, cu_seqlens, context_lens, nullptr, qkv,
                   requests, channels, layer->taps, layer->ring_len, layer->ring_dtype);
-  took(1);
+  laps.end();
   kvb_gated_delta_inputs(qkv, channels, b, b + shape.HV, width, layer->a_log, layer->dt_bias, g, beta, requests,
                          shape.HK, shape.HV, shape.K);
-  took(2);
+  laps.end();
   const Tokens tokens{qkv,     qkv + keys, qkv + 2 * keys, g,        beta,    nullptr,
                       nullptr, channels,   channels,       channels, shape.HV};
   RecordPages records = layer->records;
@@ -69,5 +60,5 @@ extern "C" void kvb_gated_delta_decode(GatedDeltaLayer* layer, const float* x, f
     kvb_buffered_decode(&shape, &tokens, &layer->states, &records, slots, fill, fold, out, requests);
   else
     kvb_recurrent_decode(&shape, &tokens, &layer->states, slots, out, requests);
-  took(3);
+  laps.end();
 }

@@ -34,11 +34,11 @@ constexpr int kMaxRows = 12;
 constexpr int kMaxRows = 6;
 #endif
 
-// A single tile of rows fetches weights this far ahead into the L2 cache: more than the latency of memory times one core's
-// share of its bandwidth. Past the end of a panel lies the next one.
-constexpr int64_t kAheadBytes = 16 * 1024;
-// A slice of a panel that stays in the caches while all tiles of rows pass over it, each fetching its share of the next.
-constexpr int64_t kSliceBytes = 64 * 1024;
+// Weights are fetched this far ahead into the L2 cache: more than the latency of memory times one core's share of its
+// bandwidth. Past the end of a panel lies the next one.
+constexpr uintptr_t kPrefetchBytes = 16384;
+// A slice of a panel that stays in the L1 cache while all tiles of rows pass over it.
+constexpr int64_t kSliceBytes = 32 * 1024;
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -158,37 +158,24 @@ static inline void multiply_block(PairDot, Vec (&acc)[R][kPanelVecs], const bf16
 }
 #endif
 
-// What one of several tiles fetches while it passes over weights: of every block `distance` bytes further on, each
-// `tiles`-th cache line from `tile` on. So memory works all the time, and not only while the first tile does.
-struct Fetch {
-  int64_t distance, tile, tiles;
-
-  template <class Element>
-  void operator()(const Element* w, int64_t count) const {
-    constexpr int64_t kLine = 64;
-    const int64_t bytes = count * sizeof(Element);
-    const uintptr_t at = reinterpret_cast<uintptr_t>(w) + distance;
-    if (tiles == 1)
+template <class Element>
+static inline void prefetch_block(const Element* w, size_t count) {
 #pragma GCC unroll 64
-      for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(reinterpret_cast<const void*>(at + i), 0, 2);
-    else
-      for (int64_t i = tile * kLine; i < bytes; i += tiles * kLine)
-        __builtin_prefetch(reinterpret_cast<const void*>(at + i), 0, 2);
-  }
-};
+  for (size_t i = 0; i < count * sizeof(Element); i += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(w) + kPrefetchBytes + i), 0, 2);
+}
 
 // c[r][panel] (+)= x tile * w panel over `blocks` K blocks; `first` starts the sums instead of continuing them.
 template <class C, int R>
 struct RowTile {
-  static void multiply(const typename C::Row* x, const typename C::Element* w, int64_t blocks, bool first, Fetch fetch,
-                       float* c) {
+  static void multiply(const typename C::Row* x, const typename C::Element* w, int64_t blocks, bool first, float* c) {
     Vec acc[R][kPanelVecs];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < kPanelVecs; ++v) acc[r][v] = first ? Vec{} : load(c + r * kPanel + v * kLanes);
     for (int64_t block = 0; block < blocks; ++block) {
-      fetch(w, C::kBlock * kPanel);
+      prefetch_block(w, C::kBlock * kPanel);
       multiply_block<R>(C{}, acc, x, w);
       x += R * C::kRowBlock;
       w += C::kBlock * kPanel;
@@ -219,12 +206,12 @@ static inline Vec pair_sums(VecHalf x) {
 
 template <int R>
 struct RowTile<Half, R> {
-  static void multiply(const half* x, const half* w, int64_t blocks, bool first, Fetch fetch, float* c) {
+  static void multiply(const half* x, const half* w, int64_t blocks, bool first, float* c) {
     for (int64_t block = 0; block < blocks; ++block) {
       VecHalf acc[R][kPanelVecs] = {};
 #pragma GCC unroll 2
       for (int k = 0; k < Half::kBlock; k += 2) {
-        if (k % 4 == 0) fetch(w + k * kPanel, 4 * kPanel);
+        if (k % 4 == 0) prefetch_block(w + k * kPanel, 4 * kPanel);
         VecHalf b[kPanelVecs];
 #pragma GCC unroll 8
         for (int v = 0; v < kPanelVecs; ++v) std::memcpy(&b[v], w + k * kPanel + v * 2 * kLanes, sizeof(b[v]));
@@ -258,7 +245,7 @@ struct RowTile<Half, R> {
 #endif
 
 template <class C>
-using TileFunction = void (*)(const typename C::Row*, const typename C::Element*, int64_t, bool, Fetch, float*);
+using TileFunction = void (*)(const typename C::Row*, const typename C::Element*, int64_t, bool, float*);
 
 template <class C, size_t... I>
 static constexpr std::array<TileFunction<C>, sizeof...(I)> tile_functions(std::index_sequence<I...>) {
@@ -267,9 +254,9 @@ static constexpr std::array<TileFunction<C>, sizeof...(I)> tile_functions(std::i
 
 template <class C>
 static inline void multiply_tile(int64_t rows, const typename C::Row* x, const typename C::Element* w, int64_t blocks,
-                                 bool first, Fetch fetch, float* c) {
+                                 bool first, float* c) {
   static constexpr auto functions = tile_functions<C>(std::make_index_sequence<kMaxRows>{});
-  functions[rows - 1](x, w, blocks, first, fetch, c);
+  functions[rows - 1](x, w, blocks, first, c);
 }
 
 // `rows` rows as nearly equal tiles: the fewest tiles that hold them.
@@ -286,15 +273,12 @@ template <class C>
 static void multiply(const Tiles& tiles, const typename C::Row* x, int64_t x_stride, const typename C::Element* w,
                      int64_t depth, float* c) {
   constexpr int64_t kSlice = kSliceBytes / (kPanel * sizeof(typename C::Element)) / C::kBlock * C::kBlock;
-  for (int64_t k = 0; k < depth; k += kSlice) {
-    const int64_t columns = std::min(kSlice, depth - k);
-    const int64_t distance = tiles.count == 1 ? kAheadBytes : columns * kPanel * sizeof(typename C::Element);
+  for (int64_t k = 0; k < depth; k += kSlice)
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t rows = tiles.size(t), begin = tiles.begin(t);
-      multiply_tile<C>(rows, x + begin * x_stride + packed_width<C>(k) * rows, w + k * kPanel, columns / C::kBlock,
-                       k == 0, Fetch{distance, t, tiles.count}, c + begin * kPanel);
+      multiply_tile<C>(rows, x + begin * x_stride + packed_width<C>(k) * rows, w + k * kPanel,
+                       std::min(kSlice, depth - k) / C::kBlock, k == 0, c + begin * kPanel);
     }
-  }
 }
 
 // The first `columns` of one row of sums.

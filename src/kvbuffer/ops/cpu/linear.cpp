@@ -97,7 +97,7 @@ static double seconds_per_tile() {
   double best = 1;
   for (int repeat = 0; repeat < 200; ++repeat) {
     auto start = std::chrono::steady_clock::now();
-    multiply_tile<C>(kMaxRows, x, w, kColumns / C::kBlock, true, Fetch{0, 0, 1}, c);
+    multiply_tile<C>(kMaxRows, x, w, kColumns / C::kBlock, true, c);
     asm volatile("" ::"r"(c) : "memory");  // as if the result were used
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
