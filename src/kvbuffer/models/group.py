@@ -158,7 +158,7 @@ class SparseMoeGroup:
         first = torch.arange(len(x), dtype=torch.int32) * moe.num_experts
         expert_ids = expert_ids.view(len(x), -1, moe.top_k) + first.view(-1, 1, 1)
         routed = moe_mlp(normed.flatten(0, 1), expert_ids.flatten(0, 1), weights, self.experts)
-        shared = _sigmoid_of_rows(logits[..., moe.num_experts :]) * _one_each(normed, self.shared)
+        shared = sigmoid_of_rows(logits[..., moe.num_experts :]) * _one_each(normed, self.shared)
         return routed.view_as(x).sum(0).add_(shared.sum(0))
 
 
@@ -234,7 +234,7 @@ def _one_each(x: Tensor, experts: PackedExperts) -> Tensor:
     return moe_mlp(x.flatten(0, 1), ids, torch.ones(len(ids), 1), experts).view_as(x)
 
 
-def _sigmoid_of_rows(x: Tensor) -> Tensor:
+def sigmoid_of_rows(x: Tensor) -> Tensor:
     """Return the sigmoid of [..., 1], the bits of an element being its own affair.
 
     PyTorch computes the elements behind a tensor's last whole pair of vectors by other code, with other bits. So each

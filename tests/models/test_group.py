@@ -1,11 +1,11 @@
-"""What the layers share."""
+"""What the layers of a group share."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kvbuffer.models.layers import sigmoid_of_rows
+from kvbuffer.models.group import sigmoid_of_rows
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (33, 1), (2, 9, 1)])
