@@ -198,9 +198,9 @@ class Decoder:
         """Return all layers on their memory in one call; None where some are grouped or have no kernels."""
         if self._bound is not caches:
             self._bound, self._blocks = caches, None
-            layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
-            pairs = zip(layers, caches, strict=False)
-            blocks = [block for layer, cache in pairs for block in layer.blocks(cache) if block is not None]
-            if len(blocks) == 2 * len(self.layers):
-                self._blocks = Blocks(self.embedding, blocks)
+            blocks: list[Block | None] = []
+            for layer, cache in zip(self.layers, caches, strict=False):
+                blocks += layer.blocks(cache) if isinstance(layer, DecoderLayer) else [None]
+            if None not in blocks:
+                self._blocks = Blocks(self.embedding, [block for block in blocks if block is not None])
         return self._blocks
