@@ -16,12 +16,16 @@
 #include <vector>
 
 #include "experts.h"
+#include "shares.h"
 
 namespace kvb {
 namespace {  // names of this file: two files may use the same one
 
 constexpr int64_t kGroupRows = 8 * kMaxRows;  // packed rows of a group stay in the L2 cache beside the weights
 constexpr int64_t kPairsPerTask = 2;
+// The panels of the down projection are shared out in this many turns per thread, so that one can help the other.
+constexpr int64_t kTurns = 2;
+constexpr int64_t kTotalBytes = 256 * 1024;  // of a turn's sums over the experts
 
 // Up to kGroupRows slots (entries of expert_ids) of one expert: order[begin, begin + rows).
 struct Group {
@@ -57,15 +61,18 @@ static void moe_mlp(const float* x, int64_t x_stride, const int32_t* ids, const 
   const int64_t width_h = packed_width<C>(shape.depth_h), width_i = packed_width<C>(shape.depth_i);
   float* hidden = hidden_space.get<float>(order.size() * shape.i);
   Row* packed_hidden = packed_space.get<Row>(order.size() * width_i);
-  const int64_t chunks = ceil_div(shape.pairs(), kPairsPerTask), tasks = groups.size() * chunks;
+  const int64_t chunks = ceil_div(shape.pairs(), kPairsPerTask);
+  // A turn is consecutive panels, which of each expert lie together: as many as there may be, and as their sums fit.
+  const int64_t fitting = kTotalBytes / (std::max<int64_t>(m, 1) * kPanel * static_cast<int64_t>(sizeof(float)));
+  const int64_t turn = std::max<int64_t>(1, std::min(fitting, ceil_div(shape.panels(), kTurns * omp_get_max_threads())));
+  Shares gate_up_shares, down_shares;
 #pragma omp parallel
   {
     static thread_local Workspace row_space, sum_space;
-    float* sums = sum_space.get<float>(std::max(2 * kGroupRows, kGroupRows + m) * kPanel);
+    float* sums = sum_space.get<float>(kGroupRows * 2 * kPanel + m * turn * kPanel);
     Row* rows = row_space.get<Row>(kGroupRows * width_h);
     int64_t packed_group = -1;
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; ++task) {
+    gate_up_shares.take(groups.size() * chunks, [&](int64_t task) {
       const Group& group = groups[task / chunks];
       const Tiles tiles(group.rows);
       if (packed_group != task / chunks)
@@ -82,30 +89,31 @@ static void moe_mlp(const float* x, int64_t x_stride, const int32_t* ids, const 
           store_hidden(sums + r * kPanel, up + r * kPanel, std::min<int64_t>(kPanel, shape.i - pair * kPanel),
                        hidden + (group.begin + r) * shape.i + pair * kPanel);
       }
-    }
+    });
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
     for (size_t g = 0; g < groups.size(); ++g)
       pack_rows<C>(Tiles(groups[g].rows), [&](int64_t r) { return hidden + (groups[g].begin + r) * shape.i; }, shape.i,
                    scales.down, packed_hidden + groups[g].begin * width_i);
-    float* totals = sums + kGroupRows * kPanel;
-#pragma omp for schedule(dynamic)
-    for (int64_t panel = 0; panel < shape.panels(); ++panel) {
-      std::fill(totals, totals + m * kPanel, 0.f);
-      for (const Group& group : groups) {
-        const auto* weight = down + group.expert * shape.down_size() + panel * kPanel * shape.depth_i;
-        multiply<C>(Tiles(group.rows), packed_hidden + group.begin * width_i, width_i, weight, shape.depth_i, sums);
-        for (int64_t r = 0; r < group.rows; ++r) {
-          const int64_t slot = order[group.begin + r];
-          float* total = totals + slot / topk * kPanel;
-          for (int v = 0; v < kPanelVecs; ++v)
-            store(total + v * kLanes,
-                  load(total + v * kLanes) + splat(weights[slot]) * load(sums + r * kPanel + v * kLanes));
+    float* totals = sums + kGroupRows * 2 * kPanel;
+    down_shares.take(ceil_div(shape.panels(), turn), [&](int64_t task) {
+      const int64_t first = task * turn, last = std::min(first + turn, shape.panels()), width = (last - first) * kPanel;
+      std::fill(totals, totals + m * width, 0.f);
+      for (const Group& group : groups)
+        for (int64_t panel = first; panel < last; ++panel) {
+          const auto* weight = down + group.expert * shape.down_size() + panel * kPanel * shape.depth_i;
+          multiply<C>(Tiles(group.rows), packed_hidden + group.begin * width_i, width_i, weight, shape.depth_i, sums);
+          for (int64_t r = 0; r < group.rows; ++r) {
+            const int64_t slot = order[group.begin + r];
+            float* total = totals + slot / topk * width + (panel - first) * kPanel;
+            for (int v = 0; v < kPanelVecs; ++v)
+              store(total + v * kLanes,
+                    load(total + v * kLanes) + splat(weights[slot]) * load(sums + r * kPanel + v * kLanes));
+          }
         }
-      }
       for (int64_t r = 0; r < m; ++r)
-        store_columns(totals + r * kPanel, std::min<int64_t>(kPanel, shape.h - panel * kPanel),
-                      out + r * shape.h + panel * kPanel);
-    }
+        store_columns(totals + r * width, std::min(width, shape.h - first * kPanel), out + r * shape.h + first * kPanel);
+    });
   }
 }
 
