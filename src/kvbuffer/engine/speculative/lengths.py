@@ -22,14 +22,16 @@ from kvbuffer.engine.request import Request
 
 #: What is measured anew counts for this much of an average.
 _STEP_SHARE, _TRIAL_SHARE = 0.1, 0.1
-#: Acceptance that a request is taken to have before anything is known.
+#: Acceptance that requests are taken to have before anything is known.
 _FIRST_GUESS = 0.6
+#: What is known of all requests counts for as much as this many tokens of a request's own.
+_PRIOR_TRIALS = 10
 #: Steps that are averaged before any one of them is called disturbed; plain ones come before the first with drafts.
 _LEAST_STEPS = 3
 #: Gains below this are not worth the risk that they are noise.
 _LEAST_GAIN = 0.02
-#: Share of the time that goes into trying drafts of one token again where they did not pay.
-_TRY_SHARE = 0.01
+#: Share of the time that may be lost by trying drafts of one token again where they did not pay.
+_TRY_SHARE = 0.005
 #: Share of the time that drafts may lose in all, and how many plain steps' time they may lose of what they have won.
 _RISK_SHARE, _RISK_STEPS = 0.01, 4
 #: Where they do pay, a step goes without after so many at most, so that it is known what that costs: as many as leave
@@ -115,6 +117,18 @@ class _History:
     acceptance: float
     tried: float
     found: float = 1.0
+    _trials: float = 0.0
+    _accepted: float = 0.0
+
+    def observe(self, accepted: float, usual: float) -> None:
+        """Take note of whether a token was accepted, where all requests' tokens are with a probability of ``usual``.
+
+        A few tokens say little: by themselves they would leave requests that were unlucky without drafts, and those
+        that were lucky with long ones.
+        """
+        self._trials += 1.0 - _TRIAL_SHARE * self._trials
+        self._accepted += accepted - _TRIAL_SHARE * self._accepted
+        self.acceptance = (self._accepted + _PRIOR_TRIALS * usual) / (self._trials + _PRIOR_TRIALS)
 
 
 @dataclass
@@ -156,10 +170,13 @@ class DraftLengths:
             return [0] * len(requests)
         if not cost.num_drafted:
             return [min(length, _FIRST_LENGTH) for length in lengths]
-        # What a try costs, in tokens that could have been generated meanwhile; and in how many steps these are saved.
-        lost = ((cost.per_token + self._ask_seconds + self._preparation) * len(requests) + cost.fixed) / cost.plain
-        interval = lost / _TRY_SHARE
-        oldest = min((h.tried for h, length in zip(histories, lengths, strict=True) if not length), default=0.0)
+        # What a try loses: what it costs beyond what its tokens are expected to be worth. So many steps may lose that.
+        cost_of_one = cost.per_token + self._ask_seconds + self._preparation
+        worth = cost.plain / (len(requests) * (1.0 + gain))  # seconds that a token takes otherwise
+        idle = [history for history, length in zip(histories, lengths, strict=True) if not length]
+        lost = sum(max(0.0, cost_of_one - history.acceptance * worth) for history in idle)
+        interval = (lost + (0.0 if any(lengths) else cost.fixed)) / (_TRY_SHARE * cost.plain)
+        oldest = min((history.tried for history in idle), default=0.0)
         # Together they cost less: those who will soon be tried again are tried with those whose turn it is.
         for i, history in enumerate(histories):
             if not lengths[i] and self._step > max(oldest + interval, history.tried + interval / 2):
@@ -211,7 +228,7 @@ class DraftLengths:
         history.tried -= num_accepted / _TRY_SHARE
         for trial in range(min(depth, num_accepted + 1)):
             accepted = float(trial < num_accepted)
-            history.acceptance += _TRIAL_SHARE * (accepted - history.acceptance)
+            history.observe(accepted, self._acceptance)
             self._acceptance += _TRIAL_SHARE**2 * (accepted - self._acceptance)
 
     def observe_step(self, num_requests: int, num_draft_tokens: int, num_accepted: int, seconds: float) -> None:
