@@ -32,6 +32,7 @@ def only_backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     backend.buffered_verify = portable.buffered_verify  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, backend.__name__, backend)
     monkeypatch.setattr(dispatch, "_BACKENDS", {"cpu": (backend.__name__,)})
+    dispatch._choose.cache_clear()
     dispatch._log_fallback.cache_clear()
     return backend
 

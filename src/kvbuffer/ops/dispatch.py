@@ -121,16 +121,23 @@ def backend_for(
     _, _, key_dim, value_dim = states.data.shape
     record_dtype = None if records is None else records.keys.dtype
     call = Call(states.data.device.type, rule, key_dim, value_dim, states.data.dtype, record_dtype)
-    backend, reason = _choose(call)
+    backend, reason = _chosen(call)
     if backend is portable:
         _log_fallback(call, reason)
     return cast(Operators, backend)
 
 
-def _choose(call: Call) -> tuple[ModuleType, str]:
+def _chosen(call: Call) -> tuple[ModuleType, str]:
     """Return the first backend that covers a call, and why those before it do not."""
+    return _choose(call, _BACKENDS.get(call.device, ()), cpu_kernels() if call.device == "cpu" else None)
+
+
+# Chosen once: where an operator before has emptied the caches, asking again takes as long as all other checks.
+@cache
+def _choose(call: Call, names: tuple[str, ...], kernels: ctypes.CDLL | None) -> tuple[ModuleType, str]:
+    """See :func:`_chosen`; what backends look at beside the call is part of the key."""
     reasons: list[str] = []
-    for name in _BACKENDS.get(call.device, ()):
+    for name in names:
         backend = import_module(name)
         ok, reason = cast(Backend, backend).supports(call)
         if ok:
@@ -188,7 +195,8 @@ def _table(device: str) -> list[str]:
 def _backend_of(device: str, rule: UpdateRule, operator: str) -> tuple[str, str]:
     """Return the name of the backend that runs an operator, and the reason if that is the portable one."""
     with_records = _FORMS[operator][1]
-    backend, reason = _choose(Call(device, rule, 128, 128, torch.float32, torch.float32 if with_records else None))
+    call = Call(device, rule, 128, 128, torch.float32, torch.float32 if with_records else None)
+    backend, reason = _chosen(call)
     if backend is portable:
         return "portable", reason
     name = backend.__name__.split(".")[-2]

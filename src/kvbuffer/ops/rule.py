@@ -51,6 +51,10 @@ class UpdateRule:
     decay: Decay
     correction: Correction
 
+    def __hash__(self) -> int:
+        # Rules are looked up in every call. A hash of all fields would go through Python's code for enums.
+        return hash(self.name)
+
     @property
     def num_pairs(self) -> int:
         """Key-value pairs that one token writes."""

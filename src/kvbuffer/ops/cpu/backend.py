@@ -50,7 +50,7 @@ def buffered_decode(
     fold: Tensor,
 ) -> Tensor:
     """See :func:`kvbuffer.ops.buffered.buffered_decode`."""
-    out = torch.empty(tokens.v.shape)
+    out = torch.empty_like(tokens.v, memory_format=torch.contiguous_format)
     kernel("kvb_buffered_decode", SHAPE, TOKENS, STATES, RECORDS, *[c_void_p] * 4, c_int64)(
         shape_of(rule, states, tokens.k.shape[1]), tokens_of(tokens), states_of(states),
         records_of(records, page_table), slots.data_ptr(), fill.data_ptr(), fold.data_ptr(), out.data_ptr(), len(slots),
@@ -76,7 +76,7 @@ def fold_records(
 
 def recurrent_decode(rule: UpdateRule, tokens: Tokens, states: StatePool, slots: Tensor) -> Tensor:
     """See :func:`kvbuffer.ops.buffered.recurrent_decode`."""
-    out = torch.empty(tokens.v.shape)
+    out = torch.empty_like(tokens.v, memory_format=torch.contiguous_format)
     kernel("kvb_recurrent_decode", SHAPE, TOKENS, STATES, *[c_void_p] * 2, c_int64)(
         shape_of(rule, states, tokens.k.shape[1]), tokens_of(tokens), states_of(states),
         slots.data_ptr(), out.data_ptr(), len(slots),
@@ -96,7 +96,7 @@ def buffered_verify(
     parents: Tensor | None,
 ) -> Tensor:
     """See :func:`kvbuffer.ops.buffered.buffered_verify`."""
-    out = torch.empty(tokens.v.shape)
+    out = torch.empty_like(tokens.v, memory_format=torch.contiguous_format)
     kernel("kvb_buffered_verify", SHAPE, TOKENS, STATES, RECORDS, *[c_void_p] * 5, c_int64)(
         shape_of(rule, states, tokens.k.shape[1]), tokens_of(tokens), states_of(states),
         records_of(records, page_table), slots.data_ptr(), fill.data_ptr(), cu_seqlens.data_ptr(),
@@ -109,7 +109,7 @@ def chunked_prefill(
     rule: UpdateRule, tokens: Tokens, states: StatePool, slots: Tensor, cu_seqlens: Tensor, fresh: Tensor
 ) -> Tensor:
     """See :func:`kvbuffer.ops.chunked.chunked_prefill`."""
-    out = torch.empty(tokens.v.shape)
+    out = torch.empty_like(tokens.v, memory_format=torch.contiguous_format)
     kernel("kvb_chunked_prefill", SHAPE, TOKENS, STATES, *[c_void_p] * 4, c_int64)(
         shape_of(rule, states, tokens.k.shape[1]), tokens_of(tokens), states_of(states),
         slots.data_ptr(), cu_seqlens.data_ptr(), fresh.data_ptr(), out.data_ptr(), len(slots),
