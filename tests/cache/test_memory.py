@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from kvbuffer.cache.memory import RequestMemory
-from kvbuffer.cache.plan import record_pages
+from kvbuffer.cache.plan import PROMPT_TAIL, RECORD_PAGE_SIZE, record_pages
 from kvbuffer.cache.work import Copy, Fold
 from tests.support.memories import admit, plan
 
@@ -21,13 +21,13 @@ def pages(memory: RequestMemory, row: int, count: int) -> list[int]:
 
 
 class TestSharing:
-    """A prompt of 100 tokens: a state of the first 96, 4 records."""
+    """A prompt of 100 tokens: a state of the first 95, 5 records."""
 
     tokens: ClassVar = list(range(100))
 
     def published(self, memory: RequestMemory) -> int:
         row, _ = admit(memory, self.tokens)
-        memory.fill[row] = 4
+        memory.fill[row] = PROMPT_TAIL
         memory.publish(row, self.tokens)
         return row
 
@@ -35,7 +35,7 @@ class TestSharing:
         memory = RequestMemory(plan())
         first = self.published(memory)
         second, cached = admit(memory, self.tokens)
-        assert (cached, memory.fill[second]) == (99, 3)
+        assert (cached, memory.fill[second]) == (99, PROMPT_TAIL - 1)
         assert memory.slot[second] == memory.slot[first]
         assert pages(memory, second, 6) == pages(memory, first, 6)
 
@@ -58,7 +58,7 @@ class TestSharing:
         assert not memory.folds_in_place(row)
         assert memory.own_state(row)
         assert memory.slot[row] != shared
-        assert memory.work[-1] == Fold(shared, int(memory.slot[row]), (page,), 4)
+        assert memory.work[-1] == Fold(shared, int(memory.slot[row]), (page,), PROMPT_TAIL)
         assert admit(memory, self.tokens)[1] == 99
 
     def test_without_another_slot_the_prefix_gives_up_its_state(self) -> None:
@@ -84,9 +84,40 @@ class TestSharing:
         assert (cached, memory.fill[second]) == (100, 0)
         assert memory.slot[second] != memory.slot[first]
         page = int(memory.record_table[first, 0])
-        assert Fold(int(memory.slot[first]), int(memory.slot[second]), (page,), 4) in [
+        assert Fold(int(memory.slot[first]), int(memory.slot[second]), (page,), PROMPT_TAIL) in [
             work if isinstance(work, Copy) else work._replace(pages=(page,)) for work in memory.work
         ]
+
+    def test_a_text_may_leave_the_prompt_before_its_last_tokens(self) -> None:
+        """Where the step that computes these keeps the convolutions' inputs; no state is needed beside the prompt's."""
+        memory = RequestMemory(plan())
+        first, _ = admit(memory, self.tokens)
+        memory.fill[first] = PROMPT_TAIL
+        assert memory.keep_ring(first)
+        kept, border = int(memory.kept_ring[first]), 100 - PROMPT_TAIL
+        memory.publish(first, self.tokens)
+        assert memory.kept_ring[first] == -1
+        for shared in range(border, 99):
+            second, cached = admit(memory, [*self.tokens[:shared], *[7] * 9])
+            assert (cached, memory.fill[second]) == (border, 0)
+            assert memory.slot[second] == memory.slot[first]
+            assert memory.work[-1] == Copy("rings", kept, int(memory.ring[second]))
+            memory.release(second)
+        memory.check_integrity()
+
+    def test_a_ring_that_is_kept_goes_with_a_request_that_is_not_published(self) -> None:
+        memory = RequestMemory(plan())
+        row, _ = admit(memory, self.tokens)
+        assert memory.keep_ring(row)
+        memory.check_integrity()
+        memory.release(row)
+        assert all(pool.num_used == 0 for pool in memory.pools[:4])
+
+    def test_no_ring_is_kept_without_room_or_without_a_cache(self) -> None:
+        for memory in (RequestMemory(dataclasses.replace(plan(), num_rings=1)), RequestMemory(plan(), False)):
+            row, _ = admit(memory, self.tokens)
+            assert not memory.keep_ring(row)
+            assert memory.kept_ring[row] == -1
 
     def test_other_salts_share_nothing(self) -> None:
         memory = RequestMemory(plan())
@@ -145,7 +176,7 @@ class RequestMemoryMachine(RuleBasedStateMachine):
             if len(tokens) + count > 128 or fill + count > self.memory.plan.max_records:
                 continue
             if self.memory.extend(row, len(tokens) + count, fill + count):
-                first = fill // 16
+                first = fill // RECORD_PAGE_SIZE
                 written = self.memory.record_table[row, first : record_pages(fill + count)].tolist()
                 own = [self.memory.pools.record_pages.references(page) for page in written]
                 kept = [self.memory.pools.record_pages.kept(page) for page in written]
@@ -162,9 +193,11 @@ class RequestMemoryMachine(RuleBasedStateMachine):
                 assert self.memory.pools.slots.references(int(self.memory.slot[row])) == 1
                 assert self.memory.fill[row] == 0
 
-    @rule(data=st.data())
-    def publish(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), keep=st.booleans())
+    def publish(self, data: st.DataObject, keep: bool) -> None:
         for row in self.some_row(data):
+            if keep and self.memory.fill[row] >= PROMPT_TAIL < len(self.live[row]):
+                self.memory.keep_ring(row)
             self.memory.publish(row, self.live[row])
 
     @rule(data=st.data(), publish=st.booleans())

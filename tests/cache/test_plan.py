@@ -136,7 +136,7 @@ def test_what_is_not_needed_for_one_thing_serves_another(context_len: int) -> No
 
 
 def test_records_are_folded_where_they_take_more_than_a_state() -> None:
-    plan = plan_for(shape(), 4 * MIB, max_num_seqs=1000, kv_only_len=64, max_model_len=64)
+    plan = plan_for(shape(), 4 * MIB, max_num_seqs=1000, buffer_len=8, kv_only_len=64, max_model_len=64)
     assert plan.block_bytes.record_page * 3 > plan.block_bytes.slot
     assert plan.request_blocks(64).slots == 1
     assert not plan.starts_with_state(64)

@@ -6,7 +6,7 @@ early or too late shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ def cold(tiny: Path) -> Cold:
 @pytest.fixture(scope="module", params=FORMS, ids=lambda form: f"buffer_len={form[0]},kv_only_len={form[1]}")
 def engine(request: pytest.FixtureRequest, tiny: Path) -> Engine:
     """An engine of ample memory for each form."""
-    return engine_with(tiny, request.param, slots=16, pages=128)
+    return engine_with(tiny, request.param, slots=48, pages=400)
 
 
 class Covered(NamedTuple):
@@ -51,6 +51,11 @@ class Covered(NamedTuple):
         return shared if shared >= self.start else 0
 
 
+def reach_of(snapshots: Iterable[Covered], prompt: list[int]) -> int:
+    """Return the same for the best of some snapshots."""
+    return max((covered.reach(prompt) for covered in snapshots), default=0)
+
+
 def stored(engine: Engine) -> Iterator[Covered]:
     """Go through all snapshots."""
     assert engine._memory.prefixes is not None
@@ -58,12 +63,17 @@ def stored(engine: Engine) -> Iterator[Covered]:
         yield Covered(tokens, max(1, snapshot.start), snapshot.end)
 
 
-def left_by_prompt(engine: Engine, prompt: list[int]) -> Covered:
-    """What a prompt's end leaves behind: from its state on, as far back as the convolutions' inputs are kept."""
-    length = len(prompt)
-    checkpoint = (length - 1) // PROMPT_TAIL * PROMPT_TAIL if engine.plan.starts_with_state(length) else 0
-    kept = length - RING_SLACK if length > engine.plan.ring_len else 0
-    return Covered(prompt, max(1, checkpoint, kept), length)
+def left_by_prompt(engine: Engine, prompt: list[int]) -> list[Covered]:
+    """What a prompt leaves behind at its end and before its last tokens: each from its state on, as far back as the
+    convolutions' inputs are kept.
+    """
+    left, length = [], len(prompt)
+    for end in (length - PROMPT_TAIL, length):
+        checkpoint = length - PROMPT_TAIL if engine.plan.starts_with_state(length) else 0
+        kept = end - RING_SLACK if end > engine.plan.ring_len else 0
+        if end > 0:
+            left.append(Covered(prompt, max(1, checkpoint, kept), end))
+    return left
 
 
 @pytest.fixture(autouse=True)
@@ -97,8 +107,8 @@ class TestHitPositions:
                 prompt = known[:t] + text(1000 + t, (1, 12, 40, 70)[(t + length) % 4])
                 if t < len(known) and prompt[t] == known[t]:
                     prompt[t] = 3 if prompt[t] != 3 else 4
-                reach = max((covered.reach(prompt) for covered in stored(engine)), default=0)
-                assert reach >= left.reach(prompt)
+                reach = reach_of(stored(engine), prompt)
+                assert reach >= reach_of(left, prompt)
                 logits.clear()
                 output, cached = run(engine, prompt, greedy(3))
                 assert cached == reach, t
@@ -112,8 +122,19 @@ class TestHitPositions:
         prompt = text(length, length)
         for turn in range(4):
             output, cached = run(engine, prompt, greedy(20))
-            assert cached == (left_by_prompt(engine, prompt).reach(prompt) if turn else 0)
+            assert cached == (reach_of(left_by_prompt(engine, prompt), prompt) if turn else 0)
             cold.check(prompt, output, 20)
+
+    @pytest.mark.parametrize("length", [20, 64, 69, 133, 150])
+    def test_a_text_that_leaves_the_prompt_at_its_last_tokens(self, engine: Engine, cold: Cold, length: int) -> None:
+        """As the next turn of a chat does where the template has opened thoughts; and another one after it."""
+        prompt = text(length, length)
+        run(engine, prompt, greedy(20))
+        for shared in range(length - PROMPT_TAIL, length - 1):
+            following = prompt[:shared] + text(shared, 30)
+            output, cached = run(engine, following, greedy(20))
+            assert cached >= length - PROMPT_TAIL
+            cold.check(following, output, 20)
 
     def test_prompts_that_grow_by_a_token(self, engine: Engine, cold: Cold) -> None:
         prompt = text(5, 70)
@@ -294,7 +315,7 @@ class TestWhatIsNotPublished:
             patch.setattr(engine._model, "forward", spoiled)
             engine.add_request("r", prompt, greedy(10))
             assert drain(engine).last["r"].finish_reason == FinishReason.ABORT
-        assert {covered.end for covered in stored(engine)} == ({50} if bad_token else set())
+        assert {covered.end for covered in stored(engine)} == ({50 - PROMPT_TAIL, 50} if bad_token else set())
         output, cached = run(engine, prompt, greedy(10))
         assert cached == (49 if bad_token else 0)
         cold.check(prompt, output, 10)
@@ -344,10 +365,10 @@ class TestPins:
         engine = sized_engine(tiny, slots=8, pages=32)
         pinned = text(1, 60)
         engine.add_request("p", pinned, greedy(4), RequestOptions(cache_ttl_s=100))
-        drain(engine)
+        answer = drain(engine).tokens["p"]
         for i in range(2, 9):
             run(engine, text(i, 100), greedy(4))
-        assert run(engine, pinned, greedy(4))[1] == 59
+        assert run(engine, pinned + answer, greedy(4))[1] == 63
 
     def test_pins_never_keep_a_request_from_running(self, tiny: Path) -> None:
         """A quarter of the pages is pinned, and the next request needs eight of the nine."""

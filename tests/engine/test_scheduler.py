@@ -189,7 +189,7 @@ def test_a_preempted_request_computes_all_its_tokens_again() -> None:
 
 def test_where_record_pages_run_short_the_longest_records_are_folded_for_a_newcomer() -> None:
     s = scheduler()
-    s.memory = RequestMemory(dataclasses.replace(s.memory.plan, num_record_pages=4))
+    s.memory = RequestMemory(dataclasses.replace(s.memory.plan, num_record_pages=7))
     s.add(request("long", 20))
     s.add(request("short", 10))
     step(s)
@@ -273,23 +273,23 @@ def test_a_long_prompt_never_starves_behind_decodes() -> None:
 
 
 def test_a_prompt_never_stops_half_way_for_want_of_record_pages() -> None:
-    """The last 20 tokens of the first prompt would fit into its buffer, whose second page the others hold."""
-    s = scheduler(slots=3, budget=80, record_pages=5)
+    """The last 20 tokens of the first prompt would fit into its buffer, whose other pages the others hold."""
+    s = scheduler(slots=3, budget=80, record_pages=7)
     s.add(request("a", 84, max_tokens=2))
     s.add(request("b", 24, max_tokens=2))
     s.add(request("c", 24, max_tokens=2))
     assert forms(step(s)) == [("a", 64, "CHUNKED"), ("b", 16, "APPENDED")]
     assert s.memory.pools.record_pages.num_free == 0
-    assert forms(step(s))[:2] == [("a", 16, "CHUNKED"), ("a", 4, "APPENDED")]
+    assert forms(step(s))[:2] == [("a", 15, "CHUNKED"), ("a", 5, "APPENDED")]
     assert sum(len(batch) for batch in steps(s)) > 0
 
 
 class TestForms:
     def test_the_end_of_a_prompt_goes_into_the_buffer(self) -> None:
-        """So that the state before it stays at hand; the state ends at a multiple of 16."""
+        """So that the state before it stays at hand."""
         s = scheduler()
         s.add(request("a", 100))
-        assert forms(step(s)) == [("a", 96, "CHUNKED"), ("a", 4, "APPENDED")]
+        assert forms(step(s)) == [("a", 95, "CHUNKED"), ("a", 5, "APPENDED")]
 
     @pytest.mark.parametrize("length", [1, KV_ONLY_LEN])
     def test_a_short_prompt_is_only_records(self, length: int) -> None:
@@ -298,11 +298,33 @@ class TestForms:
         assert forms(step(s)) == [("a", length, "APPENDED")]
         assert s.memory.pools.slots.num_used == 0
 
+    @pytest.mark.parametrize(
+        ("length", "kept"),
+        [
+            (5, [0]),
+            (6, [1]),
+            (20, [15]),  # without a state
+            (100, [95, 0]),
+            (133, [128, 0]),  # the last tokens are in the next step
+            (200, [0, 67, 0]),
+        ],
+    )
+    def test_what_convolutions_need_before_the_end_of_a_prompt_is_kept(self, length: int, kept: list[int]) -> None:
+        s = scheduler(budget=128)
+        s.add(request("a", length))
+        segments: list[Segment] = []
+        while sum(segment.num_tokens for segment in segments) < length:
+            segments += step(s)
+        assert [segment.kept for segment in segments] == kept
+        ends = [snapshot.end for _, _, _, snapshot in s.memory.prefixes.snapshots()]  # type: ignore[union-attr]
+        assert ends.count(length) == 1
+        assert ends.count(length - 5) == (length > 5)
+
     def test_a_budget_that_ends_before_the_prompt_leaves_its_end_to_the_next_step(self) -> None:
         s = scheduler(budget=100)
         s.add(request("a", 110))
         assert forms(step(s)) == [("a", 64, "CHUNKED")]
-        assert forms(step(s)) == [("a", 32, "CHUNKED"), ("a", 14, "APPENDED")]
+        assert forms(step(s)) == [("a", 41, "CHUNKED"), ("a", 5, "APPENDED")]
 
     def test_the_same_prompt_again_computes_one_token(self) -> None:
         s = scheduler()

@@ -132,6 +132,37 @@ def test_a_later_sequence_goes_on_in_the_ring_of_an_earlier_one(backend: str, rn
     same(backend, torch.cat([out[:590], out[594:]]), whole)
 
 
+@pytest.mark.parametrize("context", [0, 1, 2, 5, 9])
+@pytest.mark.parametrize("channels", [5, 531])
+def test_a_ring_that_is_kept_is_that_of_a_part_of_the_sequence(
+    backend: str, rng: Generator, channels: int, context: int
+) -> None:
+    """Several in one call, before, at and after the end of the first row of taps; the outputs are those without."""
+    lengths, counts = [12, 1, 7], [(0, 1), (0, 2), (0, 12), (2, 3), (2, 7)]
+    xs, weight = sequences([context + n for n in lengths], channels, rng)
+    pool, rings = torch.full((9, RING, channels), float("nan")), int32([4, 0, 2])
+
+    def feed(pool: Tensor, rings: Tensor, parts: list[Tensor], context: int, kept: Tensor | None = None) -> Tensor:
+        borders = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0).int()
+        return causal_conv(
+            torch.cat(parts), weight, pool, rings, borders, torch.full_like(rings, context), kept=kept
+        )  # fmt: skip
+
+    feed(pool, rings, [x[:context] for x in xs], 0)
+    expected, plain = pool.clone(), [x[context:] for x in xs]
+    others = [1, 3, 5, 6, 7]
+    kept = torch.tensor([[ring, s, n] for ring, (s, n) in zip(others, counts, strict=True)], dtype=torch.int32)
+    out = feed(pool, rings, plain, context, kept)
+    assert torch.equal(out, feed(expected, rings, plain, context))
+    assert torch.equal(pool[rings.long()].nan_to_num(), expected[rings.long()].nan_to_num())
+    assert pool[8].isnan().all()
+    for ring, (s, n) in zip(others, counts, strict=True):
+        own = torch.full((1, RING, channels), float("nan"))
+        for begin, end in ((0, context), (context, context + n)):
+            feed(own, int32([0]), [xs[s][begin:end]], begin)
+        assert torch.equal(pool[ring].nan_to_num(), own[0].nan_to_num()), (s, n)
+
+
 def test_a_bfloat16_ring_rounds_only_what_it_keeps(backend: str, rng: Generator) -> None:
     (x,), weight = sequences([30], 37, rng)
     stream = Stream([x], weight, rng, torch.bfloat16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvbuffer.cache.plan import BUFFER_SLACK, RECORD_PAGE_SIZE, MemoryPlan, attention_pages, record_pages
+from kvbuffer.cache.plan import BUFFER_SLACK, PROMPT_TAIL, RECORD_PAGE_SIZE, MemoryPlan, attention_pages, record_pages
 from kvbuffer.cache.prefix import PrefixMatch
 
 
@@ -56,7 +56,7 @@ class Need(NamedTuple):
         else:
             slot = records > plan.buffer_len + BUFFER_SLACK
         if slot:
-            records, kept_pages = min(records, BUFFER_SLACK), 0
+            records, kept_pages = min(records, PROMPT_TAIL), 0
         return cls(
             slot=slot,
             slot_later=not (slot or owns_slot) and max_len - checkpoint > plan.max_records,

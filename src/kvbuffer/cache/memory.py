@@ -9,7 +9,7 @@ import numpy as np
 
 from kvbuffer.cache.admission import Admission, Need
 from kvbuffer.cache.allocator import BlockAllocator
-from kvbuffer.cache.plan import RECORD_PAGE_SIZE, RING_SLACK, MemoryPlan, attention_pages, record_pages
+from kvbuffer.cache.plan import PROMPT_TAIL, RECORD_PAGE_SIZE, RING_SLACK, MemoryPlan, attention_pages, record_pages
 from kvbuffer.cache.pools import MEMORY, Blocks, Counts, PoolKind, Pools
 from kvbuffer.cache.prefix import Origin, PrefixCache, PrefixMatch
 from kvbuffer.cache.snapshot import Snapshot
@@ -219,6 +219,18 @@ class RequestMemory(RequestTables):
         self.fill[row], self._needs_slot[row] = 1, False
         self._drop_record_pages(row, keep=1)
 
+    def keep_ring(self, row: int) -> bool:
+        """Take a ring for the convolutions' inputs before the last tokens of a prompt.
+
+        The step that computes those leaves them there; :meth:`publish` hands them on.
+
+        Returns:
+            Whether there is one, and prefixes are cached at all.
+        """
+        if self.prefixes is not None and self.kept_ring[row] < 0 and self._allocator.can_take(rings=1):
+            (self.kept_ring[row],) = self._allocator.take("rings", 1)
+        return bool(self.kept_ring[row] >= 0)
+
     def accept(self, row: int, num_tokens: int, accepted: Sequence[int]) -> None:
         """Keep what the accepted tokens of a draft have left, and give back the pages that only rejected ones needed.
 
@@ -252,36 +264,47 @@ class RequestMemory(RequestTables):
     def publish(self, row: int, token_ids: Sequence[int], salt: str | None = None, origin: Origin = "prompt") -> None:
         """Offer a request's memory to later requests with the same beginning.
 
+        At the end of its prompt also what it was PROMPT_TAIL tokens before, if :meth:`keep_ring` found room for that.
+
         Args:
             row: the request's row.
             token_ids: its computed tokens.
             salt: what the prefix is to be kept under.
             origin: where in the request's life; after its ``"output"`` it releases its memory.
         """
-        ends = origin == "output"  # the ring need not be copied
-        if self.prefixes is None or not len(token_ids) or not (ends or self._allocator.can_take(rings=1)):
+        if self.prefixes is None or not len(token_ids):
             return
-        end, fill, slot = len(token_ids), int(self.fill[row]), int(self.slot[row])
-        ring = int(self.ring[row])
-        if not ends:
+        checkpoint, ring, kept = len(token_ids) - int(self.fill[row]), int(self.ring[row]), int(self.kept_ring[row])
+        if origin == "prompt" and kept >= 0:
+            self._insert(row, token_ids[:-PROMPT_TAIL], salt, "tail", checkpoint, kept)
+            self.pools.rings.give_back([kept])
+            self.kept_ring[row] = -1
+        if origin == "output":
+            self._insert(row, token_ids, salt, origin, checkpoint, ring)
+        elif self._allocator.can_take(rings=1):
             (copy,) = self._allocator.take("rings", 1)
             self.work.append(Copy("rings", ring, copy))
-            ring = copy
+            self._insert(row, token_ids, salt, origin, checkpoint, copy)
+            self.pools.rings.give_back([copy])
+
+    def _insert(
+        self, row: int, token_ids: Sequence[int], salt: str | None, origin: Origin, checkpoint: int, ring: int
+    ) -> None:
+        """Publish a request's memory of these tokens, its convolutions' inputs being in ``ring``."""
+        end, slot = len(token_ids), int(self.slot[row])
         # Taps reach back to inputs that the ring must still hold, unless it holds all there are.
         earliest = end - RING_SLACK if end > self.plan.ring_len - self.plan.num_draft_tokens else 0
         snapshot = Snapshot(
-            start=max(end - fill, earliest),
+            start=max(checkpoint, earliest),
             end=end,
-            checkpoint=end - fill,
+            checkpoint=checkpoint,
             slot=None if slot < 0 else slot,
-            record_pages=tuple(self.record_table[row, : record_pages(fill)].tolist()),
+            record_pages=tuple(self.record_table[row, : record_pages(end - checkpoint)].tolist()),
             ring=ring,
         )
-        self.prefixes.insert(
-            token_ids, salt, self.attention_table[row, : attention_pages(end)].tolist(), snapshot, origin
-        )
-        if not ends:
-            self.pools.rings.give_back([ring])
+        assert self.prefixes is not None
+        pages = self.attention_table[row, : attention_pages(end)].tolist()
+        self.prefixes.insert(token_ids, salt, pages, snapshot, origin)
 
     def pin(self, token_ids: Sequence[int], salt: str | None, seconds: float) -> None:
         """Keep a published prefix for some time, within the share of memory that may be kept so."""

@@ -29,6 +29,8 @@ class RequestTables:
         rows: one per running request.
         slot: [max_num_seqs] int32, state slots; -1 for none.
         ring: [max_num_seqs] int32, rings.
+        kept_ring: [max_num_seqs] int32, rings that keep the convolutions' inputs before the last tokens of a prompt,
+            until it is published; -1 for none.
         fill: [max_num_seqs] int32, records in each buffer.
         record_table: [max_num_seqs, record pages of the longest buffer] int32.
         attention_table: [max_num_seqs, pages of the longest request] int32.
@@ -40,6 +42,7 @@ class RequestTables:
         self.rows = BlockPool(seqs, "rows")
         self.slot: npt.NDArray[np.int32] = np.full(seqs, -1, np.int32)
         self.ring: npt.NDArray[np.int32] = np.zeros(seqs, np.int32)
+        self.kept_ring: npt.NDArray[np.int32] = np.full(seqs, -1, np.int32)
         self.fill: npt.NDArray[np.int32] = np.zeros(seqs, np.int32)
         self.record_table: npt.NDArray[np.int32] = np.zeros((seqs, record_pages(plan.max_records)), np.int32)
         self.attention_table: npt.NDArray[np.int32] = np.zeros((seqs, attention_pages(plan.max_model_len)), np.int32)
@@ -49,7 +52,7 @@ class RequestTables:
     def release(self, row: int) -> None:
         """Free everything that a request holds; what has been published stays."""
         self.pools.give_back(self._blocks(row))
-        self.slot[row], self.fill[row] = -1, 0
+        self.slot[row], self.kept_ring[row], self.fill[row] = -1, -1, 0
         self._num_attention_pages[row] = self._num_record_pages[row] = 0
         self.rows.give_back([row])
 
@@ -85,11 +88,11 @@ class RequestTables:
         self._num_attention_pages[row] = keep
 
     def _blocks(self, row: int) -> Blocks:
-        slot = int(self.slot[row])
+        slot, kept = int(self.slot[row]), int(self.kept_ring[row])
         return Blocks(
             slots=() if slot < 0 else (slot,),
             record_pages=tuple(self.record_table[row, : self._num_record_pages[row]].tolist()),
-            rings=(int(self.ring[row]),),
+            rings=(int(self.ring[row]), *(() if kept < 0 else (kept,))),
             attention_pages=tuple(self.attention_table[row, : self._num_attention_pages[row]].tolist()),
         )
 

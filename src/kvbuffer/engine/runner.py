@@ -96,6 +96,9 @@ class Runner:
         wanted = slots >= np.repeat(first_logits, counts)
         parents, positions = _trees(batch, slots, borders)
         pages = attention_pages(int((context + counts).max()))
+        kept = [
+            (memory.kept_ring[segment.request.row], i, segment.kept) for i, segment in enumerate(batch) if segment.kept
+        ]
         inputs = ModelInputs(
             token_ids=torch.from_numpy(np.fromiter(token_ids, np.int64, borders[-1])),
             positions=torch.from_numpy(positions),
@@ -106,6 +109,7 @@ class Runner:
             logits_rows=torch.from_numpy(np.flatnonzero(wanted)),
             sections=tuple(self._sections(batch, rows, context, fill, borders, parents)),
             parents=None if parents is None else torch.from_numpy(parents),
+            kept_rings=torch.from_numpy(np.array(kept, np.int32)) if kept else None,
         )
         return inputs, np.add.reduceat(wanted, borders[:-1], dtype=np.int64).tolist()
 

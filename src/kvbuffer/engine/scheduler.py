@@ -6,7 +6,7 @@ at a multiple of the chunk length, which changes nothing in its result. Nothing 
 its token, and however many they are, one chunk of a prompt is let in beside them.
 
 The last tokens of a prompt are not folded into its state but go into the buffer, so that the state before them stays at
-hand: a later request may leave the prompt at any of these tokens.
+hand, as do the convolutions' inputs there: later requests leave the prompt at these tokens.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Segment(NamedTuple):
         form: how the linear-attention layers compute them.
         fold: the records of before are folded into the state first.
         draft: guesses of what follows the last known token, which is then the only other one.
+        kept: after so many of its tokens, the convolutions' inputs are left in the request's kept ring; 0 for never.
     """
 
     request: Request
@@ -51,6 +52,7 @@ class Segment(NamedTuple):
     form: LinearForm
     fold: bool = False
     draft: Draft = NO_DRAFT
+    kept: int = 0
 
 
 class Scheduler:
@@ -306,11 +308,11 @@ class Scheduler:
         memory, row = self.memory, request.row
         assert row is not None
         known, computed, fill = len(request.token_ids), request.num_computed_tokens, int(memory.fill[row])
-        remaining, border = known - computed, (known - 1) // PROMPT_TAIL * PROMPT_TAIL
+        remaining, border = known - computed, known - PROMPT_TAIL
         if memory.slot[row] < 0 or (computed and fill + remaining <= memory.plan.buffer_len + BUFFER_SLACK):
             count = min(remaining, budget)
             if count and memory.extend(row, known, fill + count):
-                return [Segment(request, count, LinearForm.APPENDED)]
+                return [Segment(request, count, LinearForm.APPENDED, kept=self._kept(request, border, count))]
             # Only a state makes do with the record pages that were taken at admission.
             if not count or memory.slot[row] < 0:
                 return []
@@ -324,8 +326,25 @@ class Scheduler:
             chunk, tail = min(chunk, budget // CHUNK * CHUNK), 0
         if not memory.extend(row, known, tail):
             return []
-        parts = ((chunk, LinearForm.CHUNKED), (tail, LinearForm.APPENDED))
-        return [Segment(request, count, form) for count, form in parts if count]
+        segments = []
+        if chunk:
+            kept = self._kept(request, border, chunk)
+            segments.append(Segment(request, chunk, LinearForm.CHUNKED, kept=kept))
+        if tail:
+            segments.append(Segment(request, tail, LinearForm.APPENDED))
+        return segments
+
+    def _kept(self, request: Request, border: int, num_tokens: int) -> int:
+        """Return after how many of a prompt's next tokens its convolutions' inputs are kept; 0 for never.
+
+        Args:
+            request: whose prompt.
+            border: tokens before its last ones.
+            num_tokens: how many tokens are next.
+        """
+        assert request.row is not None
+        place = border - request.num_computed_tokens
+        return place if 0 < place <= num_tokens and self.memory.keep_ring(request.row) else 0
 
     def _preempt(self, request: Request) -> None:
         """Free a request's memory and queue it first; what it computed is kept while there is room."""

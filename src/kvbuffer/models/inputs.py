@@ -68,6 +68,8 @@ class ModelInputs:
         sections: the segments by form, together all of them.
         parents: [N] int32, the token of its segment that each one follows, -1 for what was before; None where all are
             chains.
+        kept_rings: [M, 3] int32, further rings that the convolutions leave their inputs in, as
+            :func:`~kvbuffer.ops.conv.causal_conv` takes them; None for none.
     """
 
     token_ids: Tensor
@@ -79,6 +81,7 @@ class ModelInputs:
     logits_rows: Tensor
     sections: tuple[LinearSection, ...]
     parents: Tensor | None = None
+    kept_rings: Tensor | None = None
 
     @property
     def decodes(self) -> bool:

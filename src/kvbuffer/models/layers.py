@@ -85,7 +85,7 @@ class DeltaHeads:
             return heads, projected[:, shape.conv_dim : shape.conv_dim + shape.value_dim]
         projected = self.in_proj.of_add_rms_norm(x, residual, self.input_norm, self.eps)
         where = (cache.rings, inputs.rings, inputs.cu_seqlens, inputs.context_lens)
-        qkv = causal_conv(projected, self.conv_weight, *where, parents=inputs.parents)
+        qkv = causal_conv(projected, self.conv_weight, *where, parents=inputs.parents, kept=inputs.kept_rings)
         # split() is written in Python and takes three times as long.
         _, z, b, a = projected.split_with_sizes(
             (shape.conv_dim, shape.value_dim, shape.num_value_heads, shape.num_value_heads), 1

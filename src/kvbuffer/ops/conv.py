@@ -21,7 +21,7 @@ MAX_TAPS = 16
 
 @cache
 def _bind(lib: CDLL) -> CDLL:
-    lib.kvb_causal_conv.argtypes = [c_void_p, c_int64, *[c_void_p] * 7, *[c_int64] * 5]
+    lib.kvb_causal_conv.argtypes = [c_void_p, c_int64, *[c_void_p] * 8, *[c_int64] * 6]
     lib.kvb_causal_conv.restype = None
     return lib
 
@@ -34,6 +34,7 @@ def causal_conv(
     cu_seqlens: Tensor,
     context_lens: Tensor,
     parents: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Return ``silu(conv(x))`` and keep the last inputs of each request in its ring.
 
@@ -47,6 +48,8 @@ def causal_conv(
         parents: [N] int32, the token that each one follows, counted among its sequence's own and less than its own
             place; -1 follows the ring's last. None for chains. Token i of a sequence goes to its place in the ring as
             in a chain, whatever it follows; a tree has at most R - W + 1 tokens.
+        kept: [M, 3] int32, (ring, sequence, count), sequences ascending: a further ring, no sequence's own, is left
+            with what the sequence's ring holds after the first ``count`` of its tokens. None for none.
 
     Returns:
         [N, C] float32.
@@ -54,13 +57,13 @@ def causal_conv(
     (taps, channels), tokens = weight.shape, x.shape[0]
     lib = dispatch.cpu_kernels()
     if lib is None:
-        return _causal_conv_portable(x[:, :channels], weight, pool, rings, cu_seqlens, context_lens, parents)
+        return _causal_conv_portable(x[:, :channels], weight, pool, rings, cu_seqlens, context_lens, parents, kept)
     out = torch.empty(tokens, channels)
     _bind(lib).kvb_causal_conv(
         x.data_ptr(), x.stride(0), weight.data_ptr(), pool.data_ptr(), rings.data_ptr(), cu_seqlens.data_ptr(),
-        context_lens.data_ptr(), None if parents is None else parents.data_ptr(), out.data_ptr(),
-        rings.shape[0], channels, taps, pool.shape[1],
-        dispatch.DTYPE_CODES[pool.dtype],
+        context_lens.data_ptr(), None if parents is None else parents.data_ptr(),
+        None if kept is None else kept.data_ptr(), out.data_ptr(), 0 if kept is None else kept.shape[0],
+        rings.shape[0], channels, taps, pool.shape[1], dispatch.DTYPE_CODES[pool.dtype],
     )  # fmt: skip
     return out
 
@@ -90,10 +93,16 @@ def _causal_conv_portable(
     cu_seqlens: Tensor,
     context_lens: Tensor,
     parents: Tensor | None,
+    kept: Tensor | None,
 ) -> Tensor:
     (taps, channels), ring_len = weight.shape, pool.shape[1]
     out = torch.empty(x.shape[0], channels)
     borders = cu_seqlens.tolist()
+
+    def keep(ring: int, context: int, begin: int, end: int) -> None:
+        rows = torch.arange(max(begin, end - ring_len), end)
+        pool[ring, (context + rows - begin) % ring_len] = x[rows].to(pool.dtype)
+
     for s, (ring, context) in enumerate(zip(rings.tolist(), context_lens.tolist(), strict=True)):
         begin, end = borders[s], borders[s + 1]
         if begin == end:
@@ -110,6 +119,9 @@ def _causal_conv_portable(
         for _ in range(taps - 1):
             places.insert(0, before[places[0]])
         out[begin:end] = F.silu((inputs[torch.stack(places, 1)] * weight).sum(1))
-        kept = torch.arange(max(begin, end - ring_len), end)
-        pool[ring, (context + kept - begin) % ring_len] = x[kept].to(pool.dtype)
+        for other, sequence, count in [] if kept is None else kept.tolist():
+            if sequence == s:
+                pool[other] = pool[ring]
+                keep(other, context, begin, begin + count)
+        keep(ring, context, begin, end)
     return out

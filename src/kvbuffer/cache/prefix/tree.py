@@ -10,8 +10,9 @@ from kvbuffer.cache.snapshot import Snapshot
 from kvbuffer.ops.attention import PAGE_SIZE
 
 Tokens = tuple[int, ...]
-#: Why a snapshot was made: another text leaves this one there, or a chunk of prefill, the prompt, the output ends.
-Origin = Literal["branch", "chunk", "prompt", "output"]
+#: Why a snapshot was made: another text leaves this one there, or a chunk of prefill, the prompt, the output ends; or
+#: the prompt will soon end, in tokens that a chat template adds.
+Origin = Literal["branch", "chunk", "tail", "prompt", "output"]
 
 
 class StoredSnapshot:

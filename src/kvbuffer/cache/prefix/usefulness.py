@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
-from kvbuffer.cache.pools import Pools, blocks_of, counts_of
+from kvbuffer.cache.pools import Counts, Pools, blocks_of, counts_of
 from kvbuffer.cache.prefix.tree import Node, Origin, StoredSnapshot, previous_end
 from kvbuffer.ops.attention import PAGE_SIZE
 
@@ -62,13 +63,15 @@ class Usefulness:
         return self._priority(stored.recency, self._odds(stored) * _saved(stored) / max(size, 1))
 
     def of_leaf(self, leaf: Node) -> float:
-        """Return the priority of a last page, with its snapshot and the pages before that only serve this snapshot."""
+        """Return the priority of a last page, with its snapshots and the pages before that only serve these."""
         if not leaf.snapshots:
             return self._priority(leaf.recency, 0.0)
-        last = max(leaf.snapshots, key=lambda stored: stored.snapshot.end)
-        pages = math.ceil(_saved(last) / PAGE_SIZE) * self._pools.attention_pages.block_bytes
-        size = self._pools.bytes_of(counts_of(blocks_of(last.snapshot))) + pages
-        return self._priority(leaf.recency, self._odds(last) * _saved(last) / max(size, 1))
+        saved = [_saved(stored) for stored in leaf.snapshots]
+        held = zip(*(blocks_of(stored.snapshot) for stored in leaf.snapshots), strict=True)
+        counts = Counts(*(len(set(chain.from_iterable(numbers))) for numbers in held))
+        counts = counts._replace(attention_pages=math.ceil(sum(saved) / PAGE_SIZE))
+        value = sum(self._odds(stored) * tokens for stored, tokens in zip(leaf.snapshots, saved, strict=True))
+        return self._priority(leaf.recency, value / max(self._pools.bytes_of(counts), 1))
 
     def _priority(self, recency: float, value: float) -> float:
         return recency + _PATIENCE * max(self._mean_idle, 1.0) * math.log(max(value, _WORTHLESS))

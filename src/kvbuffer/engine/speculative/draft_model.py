@@ -142,7 +142,7 @@ class DraftModelDrafter(Drafter):
         for request, begin, rows in committed:
             if begin >= request.num_prefill_tokens or (shadow := self._follow(request)) is None:
                 continue
-            end = min(begin + len(rows), len(request.token_ids) - 1) // PROMPT_TAIL * PROMPT_TAIL
+            end = min(begin + len(rows), len(request.token_ids) - PROMPT_TAIL)
             count = min(end - shadow.num_computed_tokens, self.max_num_batched_tokens // CHUNK * CHUNK)
             # Where records do without a state, they wait for the first draft.
             row = shadow.row
@@ -216,7 +216,7 @@ class DraftModelDrafter(Drafter):
             return [Segment(shadow, end - computed, LinearForm.APPENDED)] if fits else []
         if not memory.own_state(row):
             return []
-        border = max(computed, (end - 1) // PROMPT_TAIL * PROMPT_TAIL)
+        border = max(computed, end - PROMPT_TAIL)
         chunk, tail = border - computed, end - border
         if chunk > self.max_num_batched_tokens:
             chunk, tail, limit = self.max_num_batched_tokens // CHUNK * CHUNK, 0, 0

@@ -9,6 +9,8 @@
 // context_lens  [S]              int32               read: position of each sequence's first token
 // parents       [N]              int32               read: the token that each follows in its sequence, -1 the ring's
 //                                                    last; null for chains
+// kept          [M, 3]           int32               read: (ring, sequence, count), sequences ascending: the ring is
+//                                                    left with what the sequence's holds after `count` of its tokens
 // out           [N, C]           float32             written: silu(conv(x))
 #include <algorithm>
 #include <type_traits>
@@ -22,9 +24,9 @@ struct Conv {
   const float* x;
   int64_t x_stride;
   const float* weight;
-  const int32_t *rings, *cu_seqlens, *context_lens, *parents;
+  const int32_t *rings, *cu_seqlens, *context_lens, *parents, *kept;
   float* out;
-  int64_t sequences, channels, taps, ring_len;
+  int64_t num_kept, sequences, channels, taps, ring_len;
 };
 
 // Below this many outputs waking the other threads costs more than it saves.
@@ -67,11 +69,24 @@ void prefetch_ring(const Conv& conv, const T* pool, int64_t sequence, int64_t c0
   }
 }
 
+// Leaves in `ring` what it holds after the first `len` tokens of a sequence, whose inputs begin at `x`.
+template <class T>
+void keep_inputs(const Conv& conv, const float* x, int64_t context, int64_t len, int64_t n, T* ring) {
+  for (int64_t t = std::max<int64_t>(0, len - conv.ring_len); t < len; ++t) {
+    const float* row = x + t * conv.x_stride;
+    T* kept = ring + (context + t) % conv.ring_len * conv.channels;
+    int64_t c = 0;
+    for (; c + kLanes <= n; c += kLanes) store(kept + c, load(row + c));
+    for (; c < n; ++c) from_float(row[c], kept + c);
+  }
+}
+
 template <class T>
 void convolve_block(const Conv& conv, T* pool, int64_t c0) {
   const int64_t C = conv.channels, W = conv.taps, R = conv.ring_len, n = std::min(kBlock, C - c0);
   const T* past[kMaxTaps];
   const float* inputs[kMaxTaps];
+  const int32_t *kept = conv.kept, *kept_end = kept + 3 * conv.num_kept;
   for (int64_t s = 0; s < conv.sequences; ++s) {
     const int64_t begin = conv.cu_seqlens[s], len = conv.cu_seqlens[s + 1] - begin, context = conv.context_lens[s];
     T* ring = pool + conv.rings[s] * R * C + c0;
@@ -98,13 +113,13 @@ void convolve_block(const Conv& conv, T* pool, int64_t c0) {
       else
         convolve(weight, C, past, num_past, inputs, num_inputs, n, out);
     }
-    for (int64_t t = std::max<int64_t>(0, len - R); t < len; ++t) {
-      const float* row = conv.x + (begin + t) * conv.x_stride + c0;
-      T* kept = ring + (context + t) % R * C;
-      int64_t c = 0;
-      for (; c + kLanes <= n; c += kLanes) store(kept + c, load(row + c));
-      for (; c < n; ++c) from_float(row[c], kept + c);
+    const float* x = conv.x + begin * conv.x_stride + c0;
+    for (; kept < kept_end && kept[1] == s; kept += 3) {
+      T* other = pool + kept[0] * R * C + c0;
+      for (int64_t row = 0; row < R; ++row) std::copy_n(ring + row * C, n, other + row * C);
+      keep_inputs(conv, x, context, kept[2], n, other);
     }
+    keep_inputs(conv, x, context, len, n, ring);
   }
 }
 
@@ -124,10 +139,10 @@ using namespace kvb;
 
 extern "C" void kvb_causal_conv(const float* x, int64_t x_stride, const float* weight, void* pool, const int32_t* rings,
                                 const int32_t* cu_seqlens, const int32_t* context_lens, const int32_t* parents,
-                                float* out, int64_t sequences, int64_t channels, int64_t taps, int64_t ring_len,
-                                int64_t pool_dtype) {
-  const Conv conv{x,       x_stride,  weight,   rings, cu_seqlens, context_lens,
-                  parents, out, sequences, channels, taps,  ring_len};
+                                const int32_t* kept, float* out, int64_t num_kept, int64_t sequences, int64_t channels,
+                                int64_t taps, int64_t ring_len, int64_t pool_dtype) {
+  const Conv conv{x,    x_stride, weight,   rings,     cu_seqlens, context_lens, parents,
+                  kept, out,      num_kept, sequences, channels,   taps,         ring_len};
   if (pool_dtype)
     causal_conv(conv, static_cast<bf16*>(pool));
   else

@@ -45,8 +45,8 @@ extern "C" void kvb_gated_delta_decode(GatedDeltaLayer* layer, const float* x, f
   Laps laps(layer->seconds);
   kvb_add_rms_norm_linear(x, residual, layer->input_norm, layer->eps, requests, layer->in_proj, projected);
   laps.end();
-  kvb_causal_conv(projected, width, layer->conv_weight, layer->ring_pool, rings, cu_seqlens, context_lens, nullptr, qkv,
-                  requests, channels, layer->taps, layer->ring_len, layer->ring_dtype);
+  kvb_causal_conv(projected, width, layer->conv_weight, layer->ring_pool, rings, cu_seqlens, context_lens, nullptr,
+                  nullptr, qkv, 0, requests, channels, layer->taps, layer->ring_len, layer->ring_dtype);
   laps.end();
   kvb_gated_delta_inputs(qkv, channels, b, b + shape.HV, width, layer->a_log, layer->dt_bias, g, beta, requests,
                          shape.HK, shape.HV, shape.K);

@@ -30,8 +30,9 @@ void kvb_add_rms_norm(const float* x, float* residual, const float* weight, floa
                       double eps);
 
 void kvb_causal_conv(const float* x, int64_t x_stride, const float* weight, void* pool, const int32_t* rings,
-                     const int32_t* cu_seqlens, const int32_t* context_lens, const int32_t* parents, float* out,
-                     int64_t sequences, int64_t channels, int64_t taps, int64_t ring_len, int64_t pool_dtype);
+                     const int32_t* cu_seqlens, const int32_t* context_lens, const int32_t* parents,
+                     const int32_t* kept, float* out, int64_t num_kept, int64_t sequences, int64_t channels,
+                     int64_t taps, int64_t ring_len, int64_t pool_dtype);
 
 void kvb_gated_delta_inputs(float* qk, int64_t qk_stride, const float* b, const float* a, int64_t ba_stride,
                             const float* a_log, const float* dt_bias, float* g, float* beta, int64_t N, int64_t HK,
