@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbuffer.bench import machine
-from prefix_systems import WINDOW, Bytes, Oracle, hit_tokens, longest_text, num_tokens, systems, true_bytes
+from prefix_systems import Bytes, Oracle, hit_tokens, longest_text, num_tokens, systems, true_bytes
 from prefix_traces import GENERATORS, Request, read_trace
 
 PARTS = (2, 4, 10)
@@ -77,7 +77,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": machine.commit(),
-        "settings": {"traces": args.traces, "requests": args.requests, "seed": args.seed, "window": WINDOW},
+        "settings": {"traces": args.traces, "requests": args.requests, "seed": args.seed},
         # Hit rates do not depend on speed.
         "machine": {key: x for key, x in machine.describe().items() if not key.endswith(("_bandwidth", "_peak"))},
         "versions": machine.versions("torch"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 
-from kvbuffer.cache.plan import RING_SLACK, attention_pages, block_bytes
-from kvbuffer.cache.pools import Counts, Pools, blocks_of
+from kvbuffer.cache.plan import PROMPT_TAIL, RING_SLACK, attention_pages, block_bytes
+from kvbuffer.cache.pools import Blocks, Counts, Pools
 from kvbuffer.cache.prefix import Origin, PrefixCache, checkpoint_positions
 from kvbuffer.cache.shapes import CacheShape, LinearShape
 from kvbuffer.cache.snapshot import Snapshot
@@ -25,8 +25,6 @@ SHAPE = CacheShape(
     head_dim=256,
     max_position_embeddings=262144,
 )
-#: Tokens that a snapshot of ours can be taken back.
-WINDOW = RING_SLACK
 PREFILL_CHUNK = 2048
 
 
@@ -46,7 +44,7 @@ class Bytes(NamedTuple):
     @property
     def ring(self) -> int:
         """Convolution inputs of a snapshot that can be taken back."""
-        return (SHAPE.linear.conv_kernel - 1 + WINDOW) * self.ring_input
+        return (SHAPE.linear.conv_kernel - 1 + RING_SLACK) * self.ring_input
 
     @property
     def snapshot(self) -> int:
@@ -204,25 +202,29 @@ class Ours:
         wanted = checkpoint_positions(match, len(prompt), self._pools.room("slots"), chunk=PREFILL_CHUNK)
         pages = [*shared, *self._take_pages(attention_pages(len(text)) - len(shared))]
         for position in wanted:
-            self._publish(text[:position], pages, "branch" if position == match.branch else "chunk")
-        self._publish(prompt, pages, "prompt")
-        self._publish(text, pages, "output")
+            self._publish(text, pages, position, {position: "branch" if position == match.branch else "chunk"})
+        before_tail = max(0, len(prompt) - PROMPT_TAIL)
+        ends: dict[int, Origin] = {before_tail: "tail"} if before_tail else {}
+        self._publish(text, pages, before_tail, {**ends, len(prompt): "prompt"})
+        self._publish(text, pages, len(text) - 1, {len(text): "output"})
         self._pools.give_back(match.blocks)
         self._pools.attention_pages.give_back(pages[len(shared) :])
         if request.ttl:
             self._cache.pin(text, None, request.time + request.ttl)
         return match.num_tokens
 
-    def _publish(self, text: list[int], pages: list[int], origin: Origin) -> None:
-        each = Counts(1, 1, 1)
+    def _publish(self, text: list[int], pages: list[int], checkpoint: int, ends: Mapping[int, Origin]) -> None:
+        """Publish the state of ``checkpoint`` tokens for some beginnings of a text, with records of what follows."""
+        each = Counts(1, int(max(ends) > checkpoint), len(ends))
         if self._pools.shortage(each) is not None:
             return
         self._make_room(each)
-        slot, records, ring = (pool.take(1)[0] for pool in self._pools[:3])
-        end = len(text)
-        snapshot = Snapshot(max(0, end - WINDOW), end, max(0, end - WINDOW), slot, (records,), ring)
-        self._cache.insert(text, None, pages[: attention_pages(end)], snapshot, origin)
-        self._pools.give_back(blocks_of(snapshot))
+        (slot,), records, rings = (pool.take(count) for pool, count in zip(self._pools[:3], each[:3], strict=True))
+        for (end, origin), ring in zip(ends.items(), rings, strict=True):
+            held = tuple(records) if end > checkpoint else ()
+            snapshot = Snapshot(max(checkpoint, end - RING_SLACK), end, checkpoint, slot, held, ring)
+            self._cache.insert(text[:end], None, pages[: attention_pages(end)], snapshot, origin)
+        self._pools.give_back(Blocks((slot,), tuple(records), tuple(rings)))
 
     def _take_pages(self, count: int) -> list[int]:
         self._make_room(Counts(attention_pages=count))
