@@ -30,7 +30,7 @@ import torch
 from bare import bare_request, fixed_forms
 from kvbuffer.bench import machine
 from kvbuffer.cache.memory import RequestMemory
-from kvbuffer.cache.plan import MemoryPlan, plan_memory, record_pages
+from kvbuffer.cache.plan import PROMPT_TAIL, MemoryPlan, plan_memory, record_pages
 from kvbuffer.cache.shapes import CacheShape, LinearShape
 from kvbuffer.engine.config import DTYPES, STATE_DTYPES, EngineConfig
 from kvbuffer.engine.engine import Engine
@@ -83,8 +83,8 @@ class Case(NamedTuple):
         """Prompt and final length of the next request."""
         final = max(2, rng.randint(self.shortest, self.longest))
         if self.copies > 1:
-            # Ends when the buffer is full: a prompt leaves its last 1 to 16 tokens there. One token comes out even so.
-            return final, max(final + 1, final + BUFFER_LEN - (final - 1) % BUFFER_LEN - 1)
+            # Ends when the buffer, in which a prompt leaves its last tokens, is full.
+            return final, final + BUFFER_LEN - PROMPT_TAIL
         return max(1, min(final - 1, round(final * (1 - self.output)))), final
 
 
@@ -125,7 +125,7 @@ class Clients:
         self._case, self._rng, self._number = case, random.Random(0), 0
         self._groups = count // case.copies
         self._active: list[list[Request]] = []
-        self._span = max(1, round(case.longest * case.output)) if case.copies == 1 else BUFFER_LEN
+        self._span = max(1, round(case.longest * case.output)) if case.copies == 1 else BUFFER_LEN - PROMPT_TAIL
         self.steps = 4 * self._span
 
     def arrivals(self, step: int) -> Iterator[Request]:
@@ -243,7 +243,7 @@ def our_bytes(shape: CacheShape, plan: MemoryPlan, case: Case) -> dict[str, floa
             count += 1
             if case.copies > 1:
                 slots += 1 / case.copies
-                pages += record_pages(tokens % BUFFER_LEN or BUFFER_LEN)
+                pages += record_pages(PROMPT_TAIL + tokens - prompt)
             elif tokens <= plan.kv_only_len:
                 pages += record_pages(tokens)
             else:
