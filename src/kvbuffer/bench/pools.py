@@ -11,7 +11,7 @@ from kvbuffer.ops.dispatch import backend_for
 from kvbuffer.ops.layout import RecordPages, StatePool
 
 #: Records per page.
-PAGE_SIZE = 16
+PAGE_SIZE = 8
 
 
 class Pools:

@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 K = TypeVar("K")
 
 _DIM = 128
-_PAGE_SIZE = 16
+_SMALL_DIM = 16
+_PAGE_SIZE = 8
 # Records at the two points between which the cost of a record is measured, with a state and without one.
 _FEW, _MANY = 1, 17
 _KV_ONLY_FEW, _KV_ONLY_MANY = 16, 64
@@ -209,7 +210,7 @@ def _measure(shape: LayerShape, device: str) -> dict[str, float]:
     large = _kernel_calls(shape, max(1, -(-working_set // shape.state_bytes)), device)
     # Of this, only the call takes time.
     small = _kernel_calls(
-        replace(shape, key_heads=1, value_heads=1, key_dim=_PAGE_SIZE, value_dim=_PAGE_SIZE), 1, device
+        replace(shape, key_heads=1, value_heads=1, key_dim=_SMALL_DIM, value_dim=_SMALL_DIM), 1, device
     )
     calls = {("probe", name): call for name, call in probes.items()}
     for name in large.calls:  # a small call behind each large one: all find the processor's caches alike
