@@ -107,7 +107,7 @@ def test_prefixes_are_cached_in_both_models(tiny: Path, other: Path, expected: O
 
 
 def test_requests_that_its_memory_has_no_room_for_go_on_without(tiny: Path, expected: Outputs) -> None:
-    engine = drafting(tiny, tiny, draft_memory=300 << 10, enable_prefix_caching=False)
+    engine = drafting(tiny, tiny, draft_memory=220 << 10, enable_prefix_caching=False)
     watched = Watched(engine)
     assert run(engine, PROMPTS, greedy()).tokens == expected.tokens
     assert [] in watched.drafts
