@@ -1,18 +1,16 @@
-"""What speculative decoding brings: throughput with and without it, requests that fit, time of verification.
+"""What speculative decoding brings: throughput with and without it, requests that fit, time of verification and steps.
 
     python benchmarks/speculative.py --out benchmarks/results/speculative.json     # on a quiet machine
 
-The engine is compared with itself, in one process, steps with and without drafts in turn, on the dense
-benchmark checkpoint or the one with experts. The weights are random, so what they say is laid down: every token is
-sampled as usual, and then replaced by the next one of a given text. The drafters see real texts that way, and do or do
-not find what is repeated in them: code with a name replaced, summaries that quote, prose. An oracle, whose guesses are
-right with a given probability each, stands for drafters of any quality; with no drafter at all, the same engine shows
-what is noise. Timed is decoding alone, from when all prompts have been computed until the first request ends, so that
-all steps have the same number of requests.
+The engine is compared with itself, in one process, steps with and without drafts in turn, on the dense benchmark
+checkpoint or the one with experts. What it says is laid down, see speculative_script.py: code with a name replaced,
+summaries that quote, prose. With no drafter at all, the same engine shows what is noise. Timed is decoding alone, from
+when all prompts have been computed until the first request ends, so that all steps have the same number of requests.
 
-Capacity is that of capacity.py with four drafts in every step, against five float32 states and convolution states per
-request. Verification of eight drafts, folds included, is timed against nine steps of the recurrence, which is what a
-system that stores a state for each draft has to do at least.
+Steps in which each request has the same number of drafts are taken apart by operator. Verification of eight drafts,
+folds included, is timed against nine steps of the recurrence, which is what a system that stores a state for each draft
+has to do at least. Capacity is that of capacity.py with four drafts in every step, against five float32 states and
+convolution states per request.
 """
 
 from __future__ import annotations
@@ -24,32 +22,27 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from random import Random
-from unittest import mock
 
 import torch
 
 import capacity
 import speculative_peers
+import speculative_steps
 from checkpoints import KINDS, checkpoint
-from kvbuffer import SamplingParams
 from kvbuffer.bench import machine
 from kvbuffer.bench.forms import recurrent, verify
 from kvbuffer.bench.measure import measure
-from kvbuffer.engine import output
-from kvbuffer.engine.config import EngineConfig
 from kvbuffer.engine.engine import Engine
-from kvbuffer.engine.request import Request
 from kvbuffer.engine.speculative.config import SpeculativeConfig
-from kvbuffer.engine.speculative.drafter import Draft, Drafter
+from kvbuffer.engine.speculative.drafter import Drafter
 from kvbuffer.engine.speculative.methods import make_drafter
 from kvbuffer.engine.speculative.speculator import SpeculativeStats
 from kvbuffer.ops.cost import LayerShape
 from kvbuffer.ops.rule import GATED_DELTANET
 from kvbuffer.tokenizer import Tokenizer
+from speculative_script import NUM_DRAFTS, OUTPUT_LEN, PROMPT_LEN, SCRIPTS, Oracle, Run, laid_down, make_engine
 from speculative_texts import TEXTS, Script, scripts
 
-PROMPT_LEN, OUTPUT_LEN, NUM_DRAFTS = 192, 96, 8
 #: So many texts are run one after the other where fewer are to run at once.
 LEAST_TEXTS = 4
 ACCEPTANCE = (0.5, 0.7, 0.9)
@@ -59,70 +52,38 @@ CASES = [
     *(f"{text}, {lookup}" for text in TEXTS for lookup in LOOKUPS),
     *(f"prose, oracle {acceptance}" for acceptance in ACCEPTANCE),
 ]
-PARTS = ("throughput", "operator", "peers", "capacity")
+#: The steps come last: they leave clocks around the operators.
+PARTS = ("throughput", "operator", "peers", "capacity", "steps")
 CAPACITY_DRAFTS = 4
 CAPACITY_CASES = (capacity.Case("1 to 128 tokens", 1, 128), capacity.Case("512 tokens", 512, 512, 1 / 8))
 #: What tells the rows of a table apart.
-ROW_KEY = ("text", "drafter", "batch", "model", "case", "states", "records", "server", "choices")
-
-
-class Oracle(Drafter):
-    """Knows the text, and gets each token right with a given probability."""
-
-    def __init__(self, acceptance: float) -> None:
-        self.acceptance, self.random = acceptance, Random(0)
-
-    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Draft]:
-        """Guess the next tokens."""
-        drafts = []
-        for request, limit in zip(requests, limits, strict=True):
-            done = request.num_output_tokens
-            guesses = SCRIPTS[id(request.sampling)][done : done + limit]
-            drafts.append(Draft([g if self.random.random() < self.acceptance else g ^ 1 for g in guesses]))
-        return drafts
-
-
-#: What each request is going to say, by its sampling state.
-SCRIPTS: dict[int, list[int]] = {}
-_sample_row = output.sample_row
-
-
-def _scripted(logits, row, state):
-    """Sample as usual, then say what is laid down."""
-    sampled = _sample_row(logits, row, state)
-    return sampled._replace(token_id=SCRIPTS[id(state)][state.num_output_tokens])
-
-
-class Run:
-    """Texts being said by an engine, all at once.
-
-    Attributes:
-        tokens: generated since all prompts had been computed.
-        seconds: that took.
-        ended: whether one of the texts has been said.
-    """
-
-    def __init__(self, engine: Engine, texts: Sequence[Script]) -> None:
-        self.engine, self.names = engine, [str(number) for number in range(len(texts))]
-        self.tokens, self.seconds, self.ended = 0, 0.0, False
-        for name, (prompt, said) in zip(self.names, texts, strict=True):
-            engine.add_request(name, prompt, SamplingParams(temperature=0.0, max_tokens=len(said), ignore_eos=True))
-            SCRIPTS[id(engine._requests[name].sampling)] = said
-        while engine.stats.num_waiting or any(request.is_prefilling for request in engine._scheduler.running):
-            engine.step()
-
-    def step(self) -> None:
-        """Let each text go on."""
-        began = time.perf_counter()
-        deltas = self.engine.step()
-        self.seconds += time.perf_counter() - began
-        self.tokens += sum(len(delta.token_ids) for delta in deltas)
-        self.ended |= any(delta.finish_reason is not None for delta in deltas)
-
-    def end(self) -> None:
-        """Forget the texts."""
-        for name in self.names:
-            self.engine.abort_request(name)
+ROW_KEY = ("text", "drafter", "batch", "drafts", "model", "case", "states", "records", "server", "choices")
+#: Parts that are measured for one model at a time, or a few of its cases.
+IN_PIECES = ("throughput", "steps")
+#: Per part of the result what its table is about, and which values of each row it shows.
+TABLES = {
+    "throughput": (
+        "Tokens per second without and with drafts; the ratio is the median of those of single rounds.",
+        ("model", "text", "drafter", "batch", "plain", "speculative", "ratio", "ratios", "accepted_share",
+         "mean_accepted_length"),
+    ),
+    "steps": (
+        "Milliseconds of a step by operator, where each of 32 requests has so many drafts; and the tokens it brings.",
+        ("model", "drafts", *speculative_steps.GROUPS, "step", "tokens"),
+    ),
+    "capacity": (
+        "Requests that fit: with a stored state per draft, and here.",
+        ("model", "case", "states", "records", "baseline", "fit", "ratio"),
+    ),
+    "operator": (
+        "Milliseconds of verifying eight drafts, and of nine steps of the recurrence; the last ratio is to float32's.",
+        ("states", "records", "stored_states_ms", "ms", "ratio", "ratio_to_float32"),
+    ),
+    "peers": (
+        "Tokens per second, and over the same server without speculation.",
+        ("server", "choices", "tokens_per_second", "ratio"),
+    ),
+}  # fmt: skip
 
 
 def speeds(engines: Sequence[Engine], texts: Sequence[Script], batch: int) -> list[float]:
@@ -143,14 +104,8 @@ def speeds(engines: Sequence[Engine], texts: Sequence[Script], batch: int) -> li
 
 def throughput(model: str, batches: Sequence[int], chosen: Sequence[str], rounds: int) -> Iterator[dict]:
     """Yield the rows of the throughput table for one of the benchmark checkpoints."""
-    options = {
-        "model": str(checkpoint(model)), "max_model_len": 512, "max_num_seqs": 32, "memory": 768 << 20,
-        "enable_prefix_caching": False, "show_progress": False,
-    }  # fmt: skip
-    config = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS}
-    plain, drafting = (
-        Engine.from_config(EngineConfig(**options, speculative_config=given)) for given in (None, config)
-    )
+    plain = make_engine(model, None)
+    drafting = make_engine(model, {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS})
     speculator = drafting._speculator
     for batch in batches:
         for case in chosen:
@@ -226,37 +181,14 @@ def operator_rows(rounds: int) -> list[dict]:
     ]  # fmt: skip
 
 
-#: Per part of the result the head of its table, with what each row of it says.
-TABLES = {
-    "throughput": {
-        "model": "{model}", "text": "{text}", "drafter": "{drafter}", "batch": "{batch}", "tokens/s without": "{plain}",
-        "with": "{speculative}", "ratio": "{ratio:.2f}", "of single rounds": "{ratios}",
-        "accepted": "{accepted_share:.0%}",
-        "tokens per step with a draft": "{mean_accepted_length}",
-    },
-    "capacity": {
-        "model": "{model}", "requests of": "{case}", "states / records": "{states} / {records}",
-        "a state per draft": "{baseline}", "ours": "{fit}", "ratio": "{ratio:.2f}",
-    },
-    "operator": {
-        "states / records": "{states} / {records}", "9 steps, ms": "{stored_states_ms}",
-        "verifying 8 drafts, ms": "{ms}", "ratio": "{ratio:.2f}", "to float32's steps": "{ratio_to_float32:.2f}",
-    },
-    "peers": {
-        "server": "{server}", "choices": "{choices}", "tokens/s": "{tokens_per_second}",
-        "over without speculation": "{ratio:.2f}",
-    },
-}  # fmt: skip
-
-
 def markdown(result: dict) -> str:
     """The tables."""
     tables = []
-    for part, columns in TABLES.items():
-        rows = [[cell.format(**row) for cell in columns.values()] for row in result.get(part, [])]
+    for part, (about, names) in TABLES.items():
+        rows = [[str(row[name]) for name in names] for row in result.get(part, [])]
         if rows:
-            lines = [list(columns), ["---"] * len(columns), *rows]
-            tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            lines = [[name.replace("_", " ") for name in names], ["---"] * len(names), *rows]
+            tables.append(f"{about}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(tables)
 
 
@@ -275,13 +207,16 @@ def save(result: dict, part: str, args: argparse.Namespace) -> None:
 def measure_part(part: str, args: argparse.Namespace) -> Iterator[dict]:
     """Yield the rows of a part as they are measured."""
     if part == "throughput":
-        with mock.patch.object(output, "sample_row", _scripted):
+        with laid_down():
             yield from throughput(args.model, args.batches, args.cases, args.rounds)
     elif part == "operator":
         yield from operator_rows(args.rounds)
     elif part == "peers":
         texts = scripts("editing code", 2, Tokenizer(checkpoint("dense")), PROMPT_LEN, OUTPUT_LEN)
         yield from speculative_peers.measure(texts, args.rounds)
+    elif part == "steps":
+        with laid_down():
+            yield from speculative_steps.measure(args.model, args.rounds)
     else:
         yield from capacity_rows()
 
@@ -289,21 +224,20 @@ def measure_part(part: str, args: argparse.Namespace) -> Iterator[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", choices=PARTS, nargs="*", default=PARTS)
-    parser.add_argument("--model", choices=KINDS, default=KINDS[0], help="for throughput")
+    parser.add_argument("--model", choices=KINDS, default=KINDS[0], help="for throughput and steps")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--cases", choices=CASES, nargs="*", default=CASES, metavar="CASE", help="'TEXT, DRAFTER'")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file whose rows are replaced; tables go beside it")
     args = parser.parse_args()
     result: dict = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    for part in args.parts:
-        # Rows of throughput may be measured in runs of their own.
-        rows = {_key(row): row for row in result.get(part, []) if part == "throughput"}
+    for part in (part for part in PARTS if part in args.parts):
+        rows = {_key(row): row for row in result.get(part, []) if part in IN_PIECES}
         for row in measure_part(part, args):
             print(row, flush=True)
             rows[_key(row)] = row
             result[part] = [*rows.values()]
-            if part == "throughput":
+            if part in IN_PIECES:
                 result[part].sort(key=lambda row: (KINDS.index(row["model"]), row["batch"]))
             save(result, part, args)
 
