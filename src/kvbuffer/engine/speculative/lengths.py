@@ -38,7 +38,9 @@ _RISK_SHARE, _RISK_STEPS = 0.01, 4
 #: this share of what drafts bring, so that the less they bring, the better it is known.
 _PLAIN_INTERVAL, _PLAIN_SHARE = 64, 0.01
 #: Standard deviation of what drafts cost however few they are, to a plain step, before any have been verified.
-_FIRST_DOUBT = 0.1
+_FIRST_DOUBT = 0.3
+#: A step that takes longer or shorter than expected by more standard deviations than this says no more for that.
+_MOST_SURPRISE = 2.0
 #: By how much what a draft token costs may change from one step to the next, relatively, with and without drafts.
 _DRIFT = 0.05
 #: Draft tokens of a request while it is not known what they cost.
@@ -97,7 +99,8 @@ class _StepCost:
         for_fixed, for_token = fixed + both * num_draft_tokens, both + per_token * num_draft_tokens
         noise = self._noise + (_DRIFT * self.plain) ** 2
         variance = for_fixed + for_token * num_draft_tokens + noise
-        surprise = (seconds - self.drafted(num_draft_tokens)) / variance
+        most = _MOST_SURPRISE * math.sqrt(variance)
+        surprise = max(-most, min(seconds - self.drafted(num_draft_tokens), most)) / variance
         self.fixed = max(0.0, self.fixed + for_fixed * surprise)
         self.per_token = max(0.0, self.per_token + for_token * surprise)
         both -= for_fixed * for_token / variance
@@ -148,6 +151,7 @@ class DraftLengths:
     _plain: float = 0.0  # seconds of a step without drafts, for the requests that lengths were last chosen for
     _lost: float = 0.0  # seconds lost by drafting, less those that may be
     _step: int = 0
+    _tried: int = 0  # the step in which drafts that do not seem to pay were last tried for any request
     _resting: list[Request] = field(default_factory=list)
     _rest_end: float = 0.0
 
@@ -181,6 +185,7 @@ class DraftLengths:
         for i, history in enumerate(histories):
             if not lengths[i] and self._step > max(oldest + interval, history.tried + interval / 2):
                 lengths[i] = 1
+                self._tried = self._step
             if lengths[i]:
                 history.tried = self._step
         if not any(lengths):
@@ -264,7 +269,8 @@ class DraftLengths:
 
     def _history(self, request: Request) -> _History:
         if request not in self._histories:
-            self._histories[request] = _History(self._acceptance, self._step)
+            # It waits no longer for a try than those before it: they may all end before their turn.
+            self._histories[request] = _History(self._acceptance, self._tried)
         return self._histories[request]
 
     def _cost(self, num_requests: int) -> _StepCost:
