@@ -6,12 +6,13 @@ Prompts share beginnings, prefixes are kept under several salts and evicted at a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from kvbuffer import SamplingParams
 from kvbuffer.cache.pools import POOL_KINDS, PoolKind
@@ -44,12 +45,19 @@ def expected(tiny: Path) -> list[list[int]]:
     return outputs
 
 
-@pytest.mark.parametrize(("num_drafts", "drafter"), [(0, OracleDrafter), (4, OracleDrafter), (7, TreeDrafter)])
+@pytest.mark.parametrize(
+    ("num_drafts", "drafter", "disk"),
+    [(0, OracleDrafter, False), (4, OracleDrafter, False), (7, TreeDrafter, False), (0, OracleDrafter, True)],
+)
 def test_any_order_of_events_gives_the_outputs_obtained_alone(
-    tiny: Path, expected: list[list[int]], num_drafts: int, drafter: type[OracleDrafter]
+    tiny: Path, tmp_path: Path, expected: list[list[int]], num_drafts: int, drafter: type[OracleDrafter], disk: bool
 ) -> None:
-    options = {} if not num_drafts else {"speculative_config": fixed_length(num_drafts)}
+    """With ``disk``, evicted prefixes and preempted requests are saved to files, and restored from them."""
+    options: dict[str, Any] = {} if not num_drafts else {"speculative_config": fixed_length(num_drafts)}
+    options |= {"cache_dir": tmp_path} if disk else {}
     engine = sized_engine(tiny, slots=4, pages=9, max_model_len=MAX_LEN, buffer_len=3, tokens=64, **options)
+    if disk:
+        engine._offload.tier.cheaper_to_load = lambda *_: True  # type: ignore[union-attr,method-assign]
     outputs = {tuple(prompt): output for prompt, output in zip(PROMPTS, expected, strict=True)}
 
     class Machine(EngineMachine):
@@ -63,10 +71,14 @@ def test_any_order_of_events_gives_the_outputs_obtained_alone(
     if num_drafts:
         assert engine.stats.speculative.num_draft_tokens > engine.stats.speculative.num_accepted_tokens > 0
     assert engine._memory.prefixes.counters.hits > 0
+    if disk:
+        assert engine.stats.disk is not None
+        assert engine.stats.disk.loaded > 0
+    engine.close()
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Adds, steps, aborts and evicts; the model is the table of outputs obtained alone."""
+    """Adds, steps, aborts, evicts, saves and restores; the model is the table of outputs obtained alone."""
 
     def __init__(self, engine: Engine, expected: list[list[int]]) -> None:
         super().__init__()
@@ -115,6 +127,13 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def forget_all_prefixes(self) -> None:
         self.engine.reset_prefix_cache()
+
+    @precondition(lambda self: self.engine._offload is not None)
+    @rule()
+    def save_everything(self) -> None:
+        """Everything that can be is evicted, and written; requests to come restore it."""
+        self.engine._memory.prefixes.evict("attention_pages", 99)
+        self.engine._offload.tier.flush()
 
     @invariant()
     def memory_is_sound(self) -> None:
