@@ -64,6 +64,8 @@ def test_controls() -> None:
     small, grown = plan_of("stack")
     assert (small.config["hidden_size"], small.config["num_hidden_layers"], small.steps) == (64, 2, 500)
     assert grown.start == Start(grow=0, pairing="stacked")
+    third, _ = plan_of("stack", config_of("llama", num_hidden_layers=9))
+    assert third.config["num_hidden_layers"] == 3
     one_block, late = plan_of("late-expansion", config_of("qwen3_5"))
     assert one_block.config["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
     assert (one_block.steps, late.steps) == (1600, 200)

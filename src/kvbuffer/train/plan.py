@@ -7,7 +7,7 @@ Every method gets the same FLOPs: what the earlier stages spend is taken from th
 | ``scratch`` | the model itself |
 | ``v-cycle`` | large for E_a, coalesced, small for E_small, grown and interpolated with the large (arXiv 2404.07999) |
 | ``v-cycle-3`` | the same with a third model, half the small one |
-| ``stack`` | half the layers for E_small, stacked twice (G_stack, arXiv 2405.15319) |
+| ``stack`` | half the layers (or less, where blocks cannot be halved) for E_small, stacked (G_stack, arXiv 2405.15319) |
 | ``late-expansion`` | one block of layers for most of the FLOPs, stacked (as in arXiv 2511.04981) |
 | ``small-first`` | the V-cycle's small model from fresh weights, grown; no first stage |
 """
@@ -147,7 +147,9 @@ def _v_cycle(options: TrainConfig, model: dict[str, Any], count: Count, levels: 
 
 
 def _stack(options: TrainConfig, model: dict[str, Any], count: Count) -> list[Stage]:
-    small = coalesced_config(model, width=1, depth=2)
+    blocks = num_blocks(model)
+    parts = next((parts for parts in range(2, blocks + 1) if blocks % parts == 0), 1)
+    small = coalesced_config(model, width=1, depth=parts)
     return _grown(options, model, small, count, round(options.small_share * options.steps), 1.0, "stacked")
 
 
