@@ -15,8 +15,8 @@ from kvbuffer.cache.transfer import copy_blocks
 from kvbuffer.instcache.tree import Int32, Tree, node_bytes
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.decoder import Decoder
-from kvbuffer.models.inputs import LinearForm, ModelInputs
 from kvbuffer.models.weights import resolve_model
+from kvbuffer.ops.batch import LinearForm, ModelInputs
 from kvbuffer.ops.layout import StatePool
 
 

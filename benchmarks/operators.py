@@ -32,6 +32,7 @@ from kvbuffer.engine.engine import Engine
 from kvbuffer.engine.forms import LONGEST_BUFFER
 from kvbuffer.engine.runner import Runner
 from kvbuffer.models import decoder, layers
+from kvbuffer.ops.batch import LinearForm
 from kvbuffer.ops.blocks import AttentionStruct, Block, Blocks, GatedDeltaStruct, SwigluMlpStruct
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.mlp import SwigluMlp
@@ -270,13 +271,13 @@ def _buffered_verify(result, rule, tokens, states, slots, records, page_table, f
     return Work("buffered_verify", state_bytes + record_bytes + _nbytes(*tokens[:3], result), num_flops)
 
 
-def _blocks(result, blocks, token_ids, positions, cu_seqlens, context_lens, tables, rings, *buffer):
+def _blocks(result, blocks, inputs):
     parts = []
     for block, seconds in zip(blocks.blocks, blocks.seconds, strict=True):
         if isinstance(block.struct, GatedDeltaStruct):
-            parts += _gated_delta_block(block, seconds, result[0], *buffer)
+            parts += _gated_delta_block(block, seconds, result[0], inputs)
         elif isinstance(block.struct, AttentionStruct):
-            parts += _attention_block(block, seconds, result[0], cu_seqlens, context_lens)
+            parts += _attention_block(block, seconds, result[0], inputs.cu_seqlens, inputs.context_lens)
         elif isinstance(block.struct, SwigluMlpStruct):
             parts.append((seconds, _swiglu_mlp(result[0], block.keeps[0], *result)))
         else:
@@ -284,24 +285,32 @@ def _blocks(result, blocks, token_ids, positions, cu_seqlens, context_lens, tabl
     return parts
 
 
-def _gated_delta_block(block: Block, seconds: float, x, slots, record_table, fill, fold) -> list[tuple[float, Work]]:
+def _gated_delta_block(block: Block, seconds: float, x, inputs) -> list[tuple[float, Work]]:
     layer, _, out_proj = block.keeps
-    states, tokens = layer.states, len(x)
-    value_heads, value_dim = states.data.shape[1], states.data.shape[3]
+    tokens, value_heads, value_dim = len(x), layer.states.data.shape[1], layer.states.data.shape[3]
     qkv, b, a = x.new_empty(tokens, block.struct.channels), *(x.new_empty(tokens, value_heads) for _ in range(2))
     projected, heads = x.new_empty(tokens, layer.in_proj.out_features), x.new_empty(tokens, value_heads, value_dim)
-    if fold is None:
-        decode = _recurrent_decode(heads, None, (qkv, b, a), states, slots)
-    else:
-        decode = _buffered_decode(heads, None, (qkv, b, a), states, slots, layer.records, record_table, fill, fold)
+    forms = [_form(layer, part, [each[part.tokens] for each in (qkv, b, a, heads)]) for part in inputs.sections]
     works = (
         _linear(projected, layer.in_proj, x, x),
         _streaming("causal_conv")(qkv),
         _streaming("gated_delta_inputs")((b, a)),
-        decode,
+        Work(" and ".join(work.label for work in forms), *(sum(work[i] for work in forms) for i in (1, 2))),
         _linear(x, out_proj, heads),
     )
     return list(zip([*layer.seconds, seconds - sum(layer.seconds)], works, strict=True))
+
+
+def _form(layer, part, tensors) -> Work:
+    *tokens, heads = tensors
+    buffer = (layer.states, part.slots, layer.records, part.page_table, part.fill)
+    if part.form is LinearForm.RECURRENT:
+        return _recurrent_decode(heads, None, tokens, layer.states, part.slots)
+    if part.form is LinearForm.BUFFERED:
+        return _buffered_decode(heads, None, tokens, *buffer, part.fold)
+    if part.form is LinearForm.CHUNKED:
+        return _chunked_prefill(heads, None, tokens, layer.states, part.slots, part.cu_seqlens, part.fresh)
+    return _buffered_verify(heads, None, tokens, *buffer, part.cu_seqlens)
 
 
 def _attention_block(block: Block, seconds: float, x, cu_seqlens, context_lens) -> list[tuple[float, Work]]:

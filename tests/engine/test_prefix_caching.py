@@ -350,7 +350,7 @@ class TestWhatIsNotPublished:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine._model, "_decode_on", lambda caches: None)  # layer by layer
+            patch.setattr(engine._model, "_at_once", lambda caches: None)  # layer by layer
             patch.setattr(GatedAttention, "forward", fail)  # the second layer
             with pytest.raises(KeyboardInterrupt):
                 engine.step()

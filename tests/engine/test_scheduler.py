@@ -19,7 +19,7 @@ from kvbuffer.engine.request import Request
 from kvbuffer.engine.sampling_params import SamplingParams
 from kvbuffer.engine.sampling_state import SamplingState
 from kvbuffer.engine.scheduler import Scheduler, Segment
-from kvbuffer.models.inputs import LinearForm
+from kvbuffer.ops.batch import LinearForm
 from kvbuffer.ops.cost import Bandwidth, Costs, LayerShape
 from kvbuffer.ops.rule import GATED_DELTANET
 from tests.support.plans import sized_plan

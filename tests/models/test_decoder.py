@@ -1,4 +1,4 @@
-"""Decoding in one call: for every architecture the bits of its layers called one by one, logits and memory."""
+"""Steps in one call: for every architecture and form the bits of all operators called one by one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvbuffer import LLM, SamplingParams
 from kvbuffer.engine.forms import FormPolicy
 from kvbuffer.models.decoder import Decoder
 from kvbuffer.ops import dispatch
+from kvbuffer.ops.gated_delta import GatedDeltaHeads
 from tests.support.checkpoints import CHECKPOINTS, VOCAB_SIZE, make_checkpoint
 
 pytestmark = pytest.mark.skipif(dispatch.cpu_kernels() is None, reason="there is one call only with the kernels")
@@ -20,22 +21,21 @@ PROMPT_LENGTHS = (1, 5, 40, 130)
 NEW_TOKENS = 24
 
 
-def decode(path: Path, dtype: str) -> tuple[list[Tensor], int]:
-    """Return the logits of every step, and how many steps decoded in one call."""
-    llm = LLM(str(path), dtype=dtype, memory=64 << 20, show_progress=False, buffer_len=4)
-    model, logits = llm.engine._runner.model, []
-    forward = model.forward
+def decode(path: Path, dtype: str, drafts: bool) -> tuple[list[Tensor], int]:
+    """Return the logits of every step, and how many steps were one call."""
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "adaptive": False}
+    options = {"speculative_config": speculation} if drafts else {}
+    llm = LLM(str(path), dtype=dtype, memory=64 << 20, show_progress=False, buffer_len=4, **options)
+    model, logits, calls = llm.engine._runner.model, [], 0
+    forward, at_once = model.forward, model._at_once
     model.forward = lambda *args: logits.append(forward(*args)) or logits[-1]  # type: ignore[method-assign]
-    calls = 0
-    decode_on = model._decode_on
 
     def counted(caches):  # type: ignore[no-untyped-def]
         nonlocal calls
-        blocks = decode_on(caches)
-        calls += blocks is not None
-        return blocks
+        calls += at_once(caches) is not None
+        return at_once(caches)
 
-    model._decode_on = counted  # type: ignore[method-assign]
+    model._at_once = counted  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
     # Requests end one after the other, so that batches of every size are seen.
@@ -44,7 +44,7 @@ def decode(path: Path, dtype: str) -> tuple[list[Tensor], int]:
     return logits, calls
 
 
-@pytest.mark.parametrize("form", ["recurrent", "buffered"])
+@pytest.mark.parametrize("form", ["recurrent", "buffered", "drafts"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_one_call_gives_the_bits_of_the_layers(
@@ -53,10 +53,11 @@ def test_one_call_gives_the_bits_of_the_layers(
     if form == "recurrent":
         monkeypatch.setattr(FormPolicy, "buffer_len", lambda self, batch: 0)
     path = make_checkpoint(tmp_path, name)
-    at_once, calls = decode(path, dtype)
-    assert calls >= NEW_TOKENS // 3  # where some have no state yet, a step decodes in two forms
-    monkeypatch.setattr(Decoder, "_decode_on", lambda self, caches: None)
-    one_by_one, calls = decode(path, dtype)
+    at_once, calls = decode(path, dtype, form == "drafts")
+    assert calls == len(at_once)
+    monkeypatch.setattr(Decoder, "_at_once", lambda self, caches: None)
+    monkeypatch.setattr(GatedDeltaHeads, "covers", lambda *args: False)
+    one_by_one, calls = decode(path, dtype, form == "drafts")
     assert calls == 0
     for step, other in zip(at_once, one_by_one, strict=True):
         assert torch.equal(step, other)

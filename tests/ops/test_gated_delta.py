@@ -1,16 +1,20 @@
-"""Decoding in one call: whatever the dtypes, the batch and the form, the bits of the operators called one by one.
+"""A layer's heads in one call: whatever the dtypes, the batch and the forms, the bits of its operators.
 
 Requests are at different positions and fills, with and without a state, and some fold. Everything a call may write,
 outputs, states, records, rings and the residual, is compared, so what it must not write is held to it, too.
 """
 
+import itertools
+
 import pytest
 import torch
 
 from kvbuffer.ops import dispatch
-from kvbuffer.ops.buffered import buffered_decode, recurrent_decode
+from kvbuffer.ops.batch import LinearForm, LinearSection, ModelInputs
+from kvbuffer.ops.buffered import buffered_decode, buffered_verify, recurrent_decode
+from kvbuffer.ops.chunked import chunked_prefill
 from kvbuffer.ops.conv import causal_conv
-from kvbuffer.ops.gated_delta import GatedDeltaDecode
+from kvbuffer.ops.gated_delta import GatedDeltaHeads
 from kvbuffer.ops.layout import RecordPages, StatePool, Tokens
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.norm import gated_delta_inputs
@@ -45,21 +49,30 @@ class Layer:
         )
         self.written = [*(part for part in self.states if part is not None), self.rings, *self.records]
 
-    def one_by_one(self, x, residual, rings, cu_seqlens, context_lens, slots, page_table, fill, fold):
+    def one_by_one(self, x, residual, inputs):
         projected = self.in_proj.of_add_rms_norm(x, residual, self.norm, EPS)
-        qkv = causal_conv(projected, self.conv_weight, self.rings, rings, cu_seqlens, context_lens)
+        where = (self.rings, inputs.rings, inputs.cu_seqlens, inputs.context_lens)
+        qkv = causal_conv(projected, self.conv_weight, *where, parents=inputs.parents)
         _, _, b, a = projected.split([CHANNELS, HV * V, HV, HV], 1)
         qk, v = qkv[:, : 2 * HK * K].view(-1, 2 * HK, K), qkv[:, 2 * HK * K :].view(-1, HV, V)
         g, beta = gated_delta_inputs(qk, b, a, self.a_log, self.dt_bias)
-        tokens = Tokens(qk[:, :HK], qk[:, HK:], v, g, beta)
-        if fold is None:
-            return recurrent_decode(GATED_DELTANET, tokens, self.states, slots), projected
-        buffer = (self.states, slots, self.records, page_table, fill, fold)
-        return buffered_decode(GATED_DELTANET, tokens, *buffer), projected
+        return torch.cat(
+            [self.form(part, Tokens(qk[:, :HK], qk[:, HK:], v, g, beta)) for part in inputs.sections]
+        ), projected
+
+    def form(self, part, tokens):
+        own, buffer = tokens.rows(part.tokens), (self.states, part.slots, self.records, part.page_table, part.fill)
+        if part.form is LinearForm.RECURRENT:
+            return recurrent_decode(GATED_DELTANET, own, self.states, part.slots)
+        if part.form is LinearForm.BUFFERED:
+            return buffered_decode(GATED_DELTANET, own, *buffer, part.fold)
+        if part.form is LinearForm.CHUNKED:
+            return chunked_prefill(GATED_DELTANET, own, self.states, part.slots, part.cu_seqlens, part.fresh)
+        return buffered_verify(GATED_DELTANET, own, *buffer, part.cu_seqlens, part.parents)
 
     def at_once(self, *arguments):
-        assert GatedDeltaDecode.covers(self.in_proj, self.states, self.records)
-        return GatedDeltaDecode(
+        assert GatedDeltaHeads.covers(self.in_proj, self.states, self.records)
+        return GatedDeltaHeads(
             self.in_proj,
             self.norm,
             EPS,
@@ -72,33 +85,64 @@ class Layer:
         )(*arguments)
 
 
+def batch_of(forms, requests):
+    """As many requests of each form, at random fills, some without a state and some that fold; drafts are trees."""
+    count = requests * len(forms)
+    order, fills = torch.randperm(count).int(), torch.randint(0, 2 * PAGE - 8, (count,)).int()
+    pages, sections, lengths, parents, begin = torch.randperm(2 * count).int().view(count, 2), [], [], [], 0
+    for number, form in enumerate(forms):
+        rows = slice(number * requests, (number + 1) * requests)
+        slots, fill = order[rows].clone(), fills[rows].clone()
+        fold = (fill % 2).to(torch.uint8)
+        own = (
+            [1] * requests if form in (LinearForm.RECURRENT, LinearForm.BUFFERED) else [2 + i for i in range(requests)]
+        )
+        if form not in (LinearForm.RECURRENT, LinearForm.CHUNKED) and requests > 1:
+            slots[1], fold[1] = -1, 0
+        tree = [parent for n in own for parent in [-1, 0, *[0] * (n - 2)][:n]]
+        tokens = slice(begin, begin + sum(own))
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(own)]).int()
+        in_tree = torch.tensor(tree).int() if form is LinearForm.VERIFIED else None
+        chain = [i - 1 for n in own for i in range(n)]
+        parents += tree if form is LinearForm.VERIFIED else chain
+        fresh = (order[rows] % 2).to(torch.uint8)
+        sections.append(LinearSection(form, tokens, cu_seqlens, slots, pages[rows], fill, fold, fresh, in_tree))
+        lengths += own
+        begin += sum(own)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)]).int()
+    nothing = torch.empty(0)
+    return ModelInputs(
+        nothing.new_zeros(begin).long(), nothing, cu_seqlens, torch.randint(0, 50, (count,)).int(),
+        torch.empty(0, 0), order, nothing, tuple(sections),
+        torch.tensor(parents).int() if LinearForm.VERIFIED in forms else None,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("requests", [1, 5])
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"),
-    [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.bfloat16, torch.int8),
-    ],
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.int8)],
 )
-@pytest.mark.parametrize("recurrent", [False, True])
-def test_one_call_gives_the_bits_of_its_operators(requests, dtype, state_dtype, recurrent):
-    layer = Layer(dtype, state_dtype, requests)
-    x, residual = random(requests, HIDDEN), random(requests, HIDDEN)
-    order = torch.randperm(requests).int()
-    slots, fill = order.flip(0).contiguous(), torch.randint(0, 2 * PAGE - 1, (requests,)).int()
-    fold = (fill % 2).to(torch.uint8)
-    if not recurrent and requests > 1:
-        slots[1], fold[1] = -1, 0
-    arguments = (
-        order, torch.arange(requests + 1).int(), torch.randint(0, 50, (requests,)).int(), slots,
-        torch.randperm(2 * requests).int().view(requests, 2), fill, None if recurrent else fold,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "forms",
+    [
+        [LinearForm.RECURRENT],
+        [LinearForm.BUFFERED],
+        [LinearForm.BUFFERED, LinearForm.VERIFIED],
+        [LinearForm.RECURRENT, LinearForm.BUFFERED, LinearForm.CHUNKED, LinearForm.APPENDED],
+    ],
+    ids=["recurrent", "buffered", "drafts", "prompts"],
+)
+def test_one_call_gives_the_bits_of_its_operators(requests, dtype, state_dtype, forms):
+    layer = Layer(dtype, state_dtype, requests * len(forms))
+    inputs = batch_of(forms, requests)
+    tokens = len(inputs.token_ids)
+    x, residual = random(tokens, HIDDEN), random(tokens, HIDDEN)
     before = [residual, *layer.written]
     kept = [part.clone() for part in before]
-    expected = [*layer.one_by_one(x, residual, *arguments), *(part.clone() for part in before)]
+    expected = [*layer.one_by_one(x, residual, inputs), *(part.clone() for part in before)]
     for part, old in zip(before, kept, strict=True):
         part.copy_(old)
-    actual = [*layer.at_once(x, residual, *arguments), *before]
+    actual = [*layer.at_once(x, residual, inputs), *before]
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)

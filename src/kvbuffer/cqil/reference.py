@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.models.decoder import DecoderLayer
-from kvbuffer.models.inputs import ModelInputs
+from kvbuffer.ops.batch import ModelInputs
 
 
 def naive_group(

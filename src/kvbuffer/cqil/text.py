@@ -17,7 +17,7 @@ from kvbuffer.cache.store import allocate
 from kvbuffer.cqil.reference import naive_group
 from kvbuffer.errors import ConfigError
 from kvbuffer.models.decoder import Decoder, DecoderLayer
-from kvbuffer.models.inputs import LinearForm, LinearSection, ModelInputs
+from kvbuffer.ops.batch import LinearForm, LinearSection, ModelInputs
 from kvbuffer.ops.norm import add_rms_norm
 from kvbuffer.tokenizer import Tokenizer
 

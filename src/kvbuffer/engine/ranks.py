@@ -28,8 +28,8 @@ from kvbuffer.engine.runner import Runner
 from kvbuffer.engine.transport import STEP_TIMEOUT, connect, lost_if_it_fails
 from kvbuffer.errors import ConfigError
 from kvbuffer.models.decoder import Decoder
-from kvbuffer.models.inputs import ModelInputs
 from kvbuffer.models.parallel import ParallelDecoder
+from kvbuffer.ops.batch import ModelInputs
 
 logger = logging.getLogger(__name__)
 

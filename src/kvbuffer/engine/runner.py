@@ -18,7 +18,7 @@ from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.cache.work import do_work
 from kvbuffer.engine.scheduler import Segment
 from kvbuffer.models.decoder import Decoder
-from kvbuffer.models.inputs import LinearForm, LinearSection, ModelInputs
+from kvbuffer.ops.batch import LinearForm, LinearSection, ModelInputs
 
 Int32 = npt.NDArray[np.int32]
 

@@ -26,7 +26,7 @@ from kvbuffer.engine.forms import FormPolicy, folds_due
 from kvbuffer.engine.queue import WaitingQueue
 from kvbuffer.engine.request import Request
 from kvbuffer.engine.speculative.drafter import NO_DRAFT, Draft
-from kvbuffer.models.inputs import LinearForm
+from kvbuffer.ops.batch import LinearForm
 from kvbuffer.ops.chunked import CHUNK
 
 logger = logging.getLogger(__name__)

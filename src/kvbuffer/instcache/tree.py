@@ -19,9 +19,9 @@ from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.cache.transfer import copy_blocks
 from kvbuffer.errors import CapacityError
 from kvbuffer.models.decoder import Decoder
-from kvbuffer.models.inputs import LinearForm, LinearSection, ModelInputs
 from kvbuffer.ops import memory
 from kvbuffer.ops.attention import PAGE_SIZE
+from kvbuffer.ops.batch import LinearForm, LinearSection, ModelInputs
 from kvbuffer.ops.buffered import fold_records
 from kvbuffer.ops.layout import RecordPages, StatePool
 from kvbuffer.ops.rule import GATED_DELTANET

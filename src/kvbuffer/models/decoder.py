@@ -16,9 +16,9 @@ from kvbuffer.models import mtp, qwen3_5, qwen3_next
 from kvbuffer.models.adapter import Adapter
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.group import read_group
-from kvbuffer.models.inputs import ModelInputs
 from kvbuffer.models.layers import GatedAttention, GatedDeltaNet, Mlp, RotaryTable, read_mlp, zero_centred
 from kvbuffer.models.weights import WeightReader
+from kvbuffer.ops.batch import ModelInputs
 from kvbuffer.ops.blocks import Block, Blocks
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.norm import add_rms_norm
@@ -40,7 +40,7 @@ class DecoderLayer(NamedTuple):
         return self.mlp.forward(x, residual)
 
     def blocks(self, cache: LinearCache | AttentionCache) -> tuple[Block | None, Block | None]:
-        """Return the layer on its memory as blocks that decode in one call; None where there are no kernels for one."""
+        """Return the layer on its memory as blocks that run in one call; None where there are no kernels for one."""
         return self.mixer.block(cache), self.mlp.block()  # type: ignore[arg-type]  # a layer gets its kind of cache
 
 
@@ -182,11 +182,9 @@ class Decoder:
 
     def _layers(self, inputs: ModelInputs, caches: Sequence[LinearCache | AttentionCache]) -> tuple[Tensor, Tensor]:
         """Return the last layer's output, and the residual stream that it is still to be added to."""
-        blocks = self._decode_on(caches) if inputs.decodes else None
+        blocks = self._at_once(caches) if inputs.is_short else None
         if blocks is not None:
-            part, where = inputs.sections[0], (inputs.positions, inputs.cu_seqlens, inputs.context_lens)
-            buffer = (inputs.rings, part.slots, part.page_table, part.fill)
-            return blocks(inputs.token_ids, *where, inputs.attention_page_table, *buffer, inputs.fold)
+            return blocks(inputs)
         residual = self.embed(inputs.token_ids)
         x: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=False):
@@ -194,7 +192,7 @@ class Decoder:
         assert x is not None
         return x, residual
 
-    def _decode_on(self, caches: Sequence[LinearCache | AttentionCache]) -> Blocks | None:
+    def _at_once(self, caches: Sequence[LinearCache | AttentionCache]) -> Blocks | None:
         """Return all layers on their memory in one call; None where some are grouped or have no kernels."""
         if self._bound is not caches:
             self._bound, self._blocks = caches, None

@@ -24,7 +24,6 @@ from torch import Tensor
 from kvbuffer.cache.shapes import LinearShape
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.models.config import ModelConfig
-from kvbuffer.models.inputs import ModelInputs
 from kvbuffer.models.layers import (
     AttentionHeads,
     DeltaHeads,
@@ -38,6 +37,7 @@ from kvbuffer.models.layers import (
     zero_centred,
 )
 from kvbuffer.models.weights import TensorReader, WeightReader
+from kvbuffer.ops.batch import ModelInputs
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.moe import PackedExperts, moe_mlp, route
 from kvbuffer.ops.norm import add_rms_norm

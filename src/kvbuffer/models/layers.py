@@ -1,6 +1,6 @@
 """The layers that the served architectures share, built from a checkpoint's weights.
 
-N tokens in the ragged batch, C convolution channels; see :mod:`kvbuffer.models.inputs` for the batch.
+N tokens in the ragged batch, C convolution channels; see :mod:`kvbuffer.ops.batch` for the batch.
 
 Every block (a token mixer or an MLP) begins with the norm of the residual stream. Its ``forward`` takes what the block
 before it returned, which it adds to the residual in place, so that add, norm and first product are one call.
@@ -16,15 +16,15 @@ from torch import Tensor
 from kvbuffer.cache.shapes import LinearShape
 from kvbuffer.cache.store import AttentionCache, LinearCache
 from kvbuffer.models.config import ModelConfig, MoeConfig
-from kvbuffer.models.inputs import LinearForm, ModelInputs
 from kvbuffer.models.weights import TensorReader, WeightReader
 from kvbuffer.ops.attention import attention_inputs, paged_attention
 from kvbuffer.ops.attention import has_kernels as has_attention_kernels
+from kvbuffer.ops.batch import LinearForm, ModelInputs
 from kvbuffer.ops.blocks import Block, attention_block, gated_delta_block, sparse_moe_block, swiglu_block
 from kvbuffer.ops.buffered import buffered_decode, buffered_verify, recurrent_decode
 from kvbuffer.ops.chunked import chunked_prefill
 from kvbuffer.ops.conv import causal_conv
-from kvbuffer.ops.gated_delta import GatedDeltaDecode
+from kvbuffer.ops.gated_delta import GatedDeltaHeads
 from kvbuffer.ops.layout import Tokens
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.mlp import SwigluMlp
@@ -69,7 +69,7 @@ class DeltaHeads:
         self.conv_weight = conv.squeeze(1).T.contiguous()
         self.a_log = reader.take_float(f"{prefix}A_log", shape.num_value_heads)
         self.dt_bias = reader.take_float(f"{prefix}dt_bias", shape.num_value_heads)
-        self._decode: GatedDeltaDecode | None = None
+        self._at_once: GatedDeltaHeads | None = None
         self._bound: LinearCache | None = None
 
     def forward(
@@ -77,11 +77,9 @@ class DeltaHeads:
     ) -> tuple[Tensor, Tensor]:
         """Return the heads' outputs [N, HV, V] and their gates [N, HV * V]; states, buffers and rings move on."""
         shape = self.shape
-        decode = self.decode_on(cache) if inputs.decodes else None
-        if decode is not None:
-            part = inputs.sections[0]
-            buffer = (part.slots, part.page_table, part.fill, inputs.fold)
-            heads, projected = decode(x, residual, inputs.rings, inputs.cu_seqlens, inputs.context_lens, *buffer)
+        at_once = self.at_once(cache) if inputs.is_short else None
+        if at_once is not None:
+            heads, projected = at_once(x, residual, inputs)
             return heads, projected[:, shape.conv_dim : shape.conv_dim + shape.value_dim]
         projected = self.in_proj.of_add_rms_norm(x, residual, self.input_norm, self.eps)
         where = (cache.rings, inputs.rings, inputs.cu_seqlens, inputs.context_lens)
@@ -97,14 +95,14 @@ class DeltaHeads:
         q, k = qk.split_with_sizes((shape.num_key_heads, shape.num_key_heads), 1)
         return self._mix(Tokens(q, k, v, g, beta), inputs, cache), z
 
-    def decode_on(self, cache: LinearCache) -> GatedDeltaDecode | None:
-        """Return what decodes on a layer's memory in one call; None where there are no kernels for it."""
+    def at_once(self, cache: LinearCache) -> GatedDeltaHeads | None:
+        """Return what runs on a layer's memory in one call; None where there are no kernels for it."""
         if self._bound is not cache:
-            self._bound, self._decode = cache, None
-            if GatedDeltaDecode.covers(self.in_proj, cache.states, cache.records):
+            self._bound, self._at_once = cache, None
+            if GatedDeltaHeads.covers(self.in_proj, cache.states, cache.records):
                 norm, weights = (self.input_norm, self.eps), (self.conv_weight, self.a_log, self.dt_bias)
-                self._decode = GatedDeltaDecode(self.in_proj, *norm, *weights, cache.states, cache.rings, cache.records)
-        return self._decode
+                self._at_once = GatedDeltaHeads(self.in_proj, *norm, *weights, cache.states, cache.rings, cache.records)
+        return self._at_once
 
     @staticmethod
     def _mix(tokens: Tokens, inputs: ModelInputs, cache: LinearCache) -> Tensor:
@@ -146,8 +144,8 @@ class GatedDeltaNet:
         return self.out.forward(*self.heads.forward(x, residual, inputs, cache))
 
     def block(self, cache: LinearCache) -> Block | None:
-        """Return the layer on its memory as one of the blocks that decode in one call; None without kernels for it."""
-        heads, out = self.heads.decode_on(cache), self.out
+        """Return the layer on its memory as one of the blocks that run in one call; None without kernels for it."""
+        heads, out = self.heads.at_once(cache), self.out
         return None if heads is None else gated_delta_block(heads, out.norm_weight, out.eps, out.out_proj)
 
 

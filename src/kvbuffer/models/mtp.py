@@ -9,9 +9,9 @@ from torch import Tensor
 from kvbuffer.cache.store import AttentionCache
 from kvbuffer.errors import ModelError
 from kvbuffer.models.config import ModelConfig
-from kvbuffer.models.inputs import ModelInputs
 from kvbuffer.models.layers import DenseMlp, GatedAttention, Mlp, RotaryTable, SparseMoe, zero_centred
 from kvbuffer.models.weights import WeightReader
+from kvbuffer.ops.batch import ModelInputs
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.norm import add_rms_norm
 

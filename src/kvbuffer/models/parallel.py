@@ -26,9 +26,9 @@ from kvbuffer.models.adapter import Adapter
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.decoder import LAYOUTS, Decoder, DecoderLayer, Unit, read_layer
 from kvbuffer.models.group import LayerGroup, banded, read_group
-from kvbuffer.models.inputs import ModelInputs
 from kvbuffer.models.layers import RotaryTable
 from kvbuffer.models.weights import WeightReader
+from kvbuffer.ops.batch import ModelInputs
 from kvbuffer.ops.linear import Linear
 
 

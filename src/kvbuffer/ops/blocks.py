@@ -1,7 +1,7 @@
-"""A model's embedding and blocks, each a token mixer or an MLP, in one call of the compiled kernels while all decode.
+"""A model's embedding and blocks, each a token mixer or an MLP, in one call of the compiled kernels.
 
 A block is a struct that points to weights and memory. Called one by one from Python, blocks take longer: after each of
-them the interpreter starts with cold caches. B requests, one token each.
+them the interpreter starts with cold caches.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from kvbuffer.ops import dispatch
+from kvbuffer.ops.batch import ModelInputs
 from kvbuffer.ops.cpu.arguments import kernel
-from kvbuffer.ops.gated_delta import GatedDeltaDecode
+from kvbuffer.ops.gated_delta import GatedDeltaHeads
 from kvbuffer.ops.linear import Linear
 from kvbuffer.ops.mlp import SwigluMlp
 from kvbuffer.ops.moe import SwigluStruct
@@ -71,17 +72,6 @@ class _EmbeddingStruct(ctypes.Structure):
     _fields_ = (*_pointers("rows"), *_integers("dtype", "hidden"))
 
 
-class _BatchStruct(ctypes.Structure):
-    _fields_ = (
-        *_integers("requests"),
-        *_pointers("token_ids", "positions", "cu_seqlens", "context_lens", "attention_table"),
-        *_integers("attention_stride"),
-        *_pointers("rings", "slots", "record_table"),
-        *_integers("record_stride"),
-        *_pointers("fill", "fold"),
-    )
-
-
 _KINDS = {GatedDeltaStruct: 0, AttentionStruct: 1, SwigluMlpStruct: 2, SparseMoeStruct: 3}
 
 Struct = GatedDeltaStruct | AttentionStruct | SwigluMlpStruct | SparseMoeStruct
@@ -99,7 +89,7 @@ class Block(NamedTuple):
     keeps: tuple[object, ...]
 
 
-def gated_delta_block(heads: GatedDeltaDecode, norm: Tensor, eps: float, out_proj: Linear) -> Block:
+def gated_delta_block(heads: GatedDeltaHeads, norm: Tensor, eps: float, out_proj: Linear) -> Block:
     """Return a Gated DeltaNet layer.
 
     Args:
@@ -163,7 +153,9 @@ def sparse_moe_block(moe: SparseMoeMlp) -> Block:
 
 
 class Blocks:
-    """Blocks that decode in one call. Same bits as the layers called one by one.
+    """Blocks that run in one call. Same bits as the layers called one by one.
+
+    Intermediate results stay allocated for the largest batch there has been, so this is not for long prompts.
 
     Args:
         embedding: [vocabulary, H], float32 or bfloat16, contiguous.
@@ -180,49 +172,19 @@ class Blocks:
         structs = [_BlockStruct(_KINDS[type(block.struct)], ctypes.addressof(block.struct)) for block in blocks]
         self._structs = (_BlockStruct * len(blocks))(*structs)
         self._model = ctypes.addressof(self._table), ctypes.addressof(self._structs), len(blocks)
-        self._kernel = kernel("kvb_decode_blocks", c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p)
+        self._kernel = kernel("kvb_blocks", c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p)
 
     @property
     def seconds(self) -> list[float]:
         """What each block took in the last call."""
         return [struct.seconds for struct in self._structs]
 
-    def __call__(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        cu_seqlens: Tensor,
-        context_lens: Tensor,
-        attention_table: Tensor,
-        rings: Tensor,
-        slots: Tensor,
-        record_table: Tensor,
-        fill: Tensor,
-        fold: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Decode one token of each request; all memory moves on.
-
-        Args:
-            token_ids: [B] int64, below the size of the vocabulary.
-            positions: [B] int32.
-            cu_seqlens: [B + 1] int32: 0 to B.
-            context_lens: [B] int32, tokens of each request before its new one.
-            attention_table: [B, P] int32, pages of keys and values, rows adjacent.
-            rings: [B] int32.
-            slots: [B] int32; -1 for a request without a state.
-            record_table: [B, P] int32, pages of records, rows adjacent.
-            fill: [B] int32, records before this step.
-            fold: [B] uint8, whether they are folded first; None to decode by the recurrence.
+    def __call__(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        """Compute a batch of N tokens; all memory moves on.
 
         Returns:
-            The last block's output [B, H] float32, and the residual stream [B, H] that it is still to be added to.
+            The last block's output [N, H] float32, and the residual stream [N, H] that it is still to be added to.
         """
-        requests = len(token_ids)
-        x, residual = torch.empty(2, requests, self._embedding.shape[1]).unbind()
-        batch = _BatchStruct(
-            requests, token_ids.data_ptr(), positions.data_ptr(), cu_seqlens.data_ptr(), context_lens.data_ptr(),
-            attention_table.data_ptr(), attention_table.stride(0), rings.data_ptr(), slots.data_ptr(),
-            record_table.data_ptr(), record_table.stride(0), fill.data_ptr(), None if fold is None else fold.data_ptr(),
-        )  # fmt: skip
-        self._kernel(*self._model, ctypes.addressof(batch), residual.data_ptr(), x.data_ptr())
+        x, residual = torch.empty(2, len(inputs.token_ids), self._embedding.shape[1]).unbind()
+        self._kernel(*self._model, ctypes.addressof(inputs.struct), residual.data_ptr(), x.data_ptr())
         return x, residual

@@ -1,7 +1,7 @@
-"""What the heads of a Gated DeltaNet layer compute while every request decodes, in one call of the compiled kernels.
+"""What the heads of a Gated DeltaNet layer compute, in one call of the compiled kernels.
 
 Called one by one, the operators cost more in Python than a small one takes: after each of them the interpreter starts
-with cold caches. B requests, one token each; C convolution channels; HV value heads of V columns.
+with cold caches. C convolution channels; HV value heads of V columns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvbuffer.ops import dispatch
+from kvbuffer.ops.batch import ModelInputs
 from kvbuffer.ops.cpu import backend
 from kvbuffer.ops.cpu.arguments import RecordsStruct, ShapeStruct, StatesStruct, kernel, records_of, shape_of, states_of
 from kvbuffer.ops.layout import RecordPages, StatePool
@@ -32,8 +33,8 @@ class _Layer(ctypes.Structure):
     )
 
 
-class GatedDeltaDecode:
-    """A layer's weights and memory, bound for decoding. Same bits as its operators called one by one.
+class GatedDeltaHeads:
+    """A layer's weights and memory. Same bits as its operators called one by one.
 
     Args:
         in_proj: [C + HV * V + 2 * HV, hidden]: queries, keys and values, gate z, b and a; without bias.
@@ -49,7 +50,7 @@ class GatedDeltaDecode:
     Attributes:
         in_proj, states, records: as given.
         layer_ptr: where the kernels find the layer.
-        seconds: what the last call's operators took: norm and projection, convolution, the delta rule's inputs, decode.
+        seconds: what the last call's operators took: norm and projection, convolution, the delta rule's inputs, forms.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class GatedDeltaDecode:
         )  # fmt: skip
         self.seconds = self._layer.seconds
         self.layer_ptr = ctypes.addressof(self._layer)
-        self._kernel = kernel("kvb_gated_delta_decode", *[c_void_p] * 8, c_int64, *[c_void_p] * 4, c_int64)
+        self._kernel = kernel("kvb_gated_delta_heads", *[c_void_p] * 6)
 
     @staticmethod
     def covers(in_proj: Linear, states: StatePool, records: RecordPages) -> bool:
@@ -83,41 +84,21 @@ class GatedDeltaDecode:
         chosen = dispatch.backend_for(GATED_DELTANET, None, states, records)
         return chosen is backend and in_proj.layer_ptr is not None
 
-    def __call__(
-        self,
-        x: Tensor | None,
-        residual: Tensor,
-        rings: Tensor,
-        cu_seqlens: Tensor,
-        context_lens: Tensor,
-        slots: Tensor,
-        page_table: Tensor,
-        fill: Tensor,
-        fold: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Decode one token of each request; states, records and rings move on.
+    def __call__(self, x: Tensor | None, residual: Tensor, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        """Compute a batch of N tokens; states, records and rings move on.
 
         Args:
-            x: [B, hidden] float32, contiguous, or None to add nothing.
-            residual: [B, hidden] float32, contiguous; ``x`` is added to it in place.
-            rings: [B] int32.
-            cu_seqlens: [B + 1] int32: 0 to B.
-            context_lens: [B] int32, position of each token.
-            slots: [B] int32; -1 for a request without a state.
-            page_table: [B, P] int32, rows adjacent.
-            fill: [B] int32, records before this step.
-            fold: [B] uint8, whether they are folded first; None to decode by the recurrence.
+            x: [N, hidden] float32, contiguous, or None to add nothing.
+            residual: [N, hidden] float32, contiguous; ``x`` is added to it in place.
+            inputs: the batch.
 
         Returns:
-            The heads' outputs [B, HV, V] and the projections [B, C + HV * V + 2 * HV], float32.
+            The heads' outputs [N, HV, V] and the projections [N, C + HV * V + 2 * HV], float32.
         """
-        requests = residual.shape[0]
-        projected = torch.empty(requests, self.in_proj.out_features)
-        out = torch.empty(requests, *self._heads)
+        projected = torch.empty(len(residual), self.in_proj.out_features)
+        out = torch.empty(len(residual), *self._heads)
         self._kernel(
-            self.layer_ptr, None if x is None else x.data_ptr(), residual.data_ptr(), rings.data_ptr(),
-            cu_seqlens.data_ptr(), context_lens.data_ptr(), slots.data_ptr(), page_table.data_ptr(),
-            page_table.stride(0), fill.data_ptr(), None if fold is None else fold.data_ptr(), projected.data_ptr(),
-            out.data_ptr(), requests,
+            self.layer_ptr, None if x is None else x.data_ptr(), residual.data_ptr(), ctypes.addressof(inputs.struct),
+            projected.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out, projected

@@ -7,7 +7,7 @@ Every method gets the same FLOPs: what the earlier stages spend is taken from th
 | ``scratch`` | the model itself |
 | ``v-cycle`` | large for E_a, coalesced, small for E_small, grown and interpolated with the large (arXiv 2404.07999) |
 | ``v-cycle-3`` | the same with a third model, half the small one |
-| ``stack`` | half the layers (or less, where blocks cannot be halved) for E_small, stacked (G_stack, arXiv 2405.15319) |
+| ``stack`` | half the layers (or less, if blocks cannot be halved) for E_small, stacked (G_stack, arXiv 2405.15319) |
 | ``late-expansion`` | one block of layers for most of the FLOPs, stacked (as in arXiv 2511.04981) |
 | ``small-first`` | the V-cycle's small model from fresh weights, grown; no first stage |
 """

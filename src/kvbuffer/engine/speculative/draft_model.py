@@ -24,8 +24,8 @@ from kvbuffer.engine.speculative.drafter import Committed, Draft, Drafter
 from kvbuffer.errors import ConfigError
 from kvbuffer.models.config import ModelConfig
 from kvbuffer.models.decoder import Decoder
-from kvbuffer.models.inputs import LinearForm
 from kvbuffer.models.weights import resolve_model
+from kvbuffer.ops.batch import LinearForm
 from kvbuffer.ops.chunked import CHUNK
 from kvbuffer.tokenizer import Tokenizer
 

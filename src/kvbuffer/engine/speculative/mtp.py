@@ -26,8 +26,8 @@ from kvbuffer.cache.store import AttentionCache
 from kvbuffer.engine.request import Request
 from kvbuffer.engine.speculative.drafter import Committed, Draft, Drafter
 from kvbuffer.models.decoder import Decoder
-from kvbuffer.models.inputs import ModelInputs
 from kvbuffer.ops.attention import PAGE_SIZE, key_pages
+from kvbuffer.ops.batch import ModelInputs
 
 Int32 = npt.NDArray[np.int32]
 

@@ -13,7 +13,7 @@ from kvbuffer.engine.scheduler import Segment
 from kvbuffer.engine.speculative.config import SpeculativeConfig
 from kvbuffer.engine.speculative.drafter import Committed, Draft, Drafter
 from kvbuffer.engine.speculative.lengths import DraftLengths
-from kvbuffer.models.inputs import LinearForm
+from kvbuffer.ops.batch import LinearForm
 
 
 @dataclass

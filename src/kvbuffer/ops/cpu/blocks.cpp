@@ -1,9 +1,9 @@
-// The embedding and the blocks of a model, each a token mixer or an MLP, on one token of each of B requests. All of it is
-// operators of the other files; between two calls from Python the interpreter would run with cold caches, which takes as
-// long as a small operator.
+// The embedding and the blocks of a model, each a token mixer or an MLP, on a ragged batch. All of it is operators of the
+// other files; between two calls from Python the interpreter would run with cold caches, which takes as long as a small
+// operator.
 //
-//   residual  [B, H]  float32  written: the residual stream
-//   x         [B, H]  float32  written: the last block's output, still to be added to it
+//   residual  [N, H]  float32  written: the residual stream
+//   x         [N, H]  float32  written: the last block's output, still to be added to it
 #include "gemm.h"
 #include "laps.h"
 #include "operators.h"
@@ -11,17 +11,6 @@
 namespace kvb {
 
 // kvbuffer/ops/blocks.py mirrors the structs of this file field by field.
-struct DecodeBatch {
-  int64_t requests;
-  const int64_t* token_ids;
-  const int32_t *positions, *cu_seqlens, *context_lens;  // cu_seqlens: 0 to B
-  const int32_t* attention_table;                        // as page_table in paged_kv.h
-  int64_t attention_stride;
-  const int32_t *rings, *slots, *record_table;  // as rings in conv.cpp, slots and page_table in decode.cpp
-  int64_t record_stride;
-  const int32_t* fill;
-  const uint8_t* fold;  // null: decode by the recurrence
-};
 
 enum BlockKind : int64_t { kGatedDelta, kAttention, kSwiglu, kSparseMoe };
 
@@ -64,9 +53,9 @@ struct Embedding {
 namespace {  // names of this file: two files may use the same one
 
 template <class T>
-static void embed(const T* rows, int64_t hidden, const DecodeBatch& batch, float* out) {
-#pragma omp parallel for schedule(static) if (batch.requests >= 8)
-  for (int64_t r = 0; r < batch.requests; ++r)
+static void embed(const T* rows, int64_t hidden, const Batch& batch, float* out) {
+#pragma omp parallel for schedule(static) if (batch.tokens >= 8)
+  for (int64_t r = 0; r < batch.tokens; ++r)
     for (int64_t i = 0; i < hidden; ++i) out[r * hidden + i] = to_float(rows[batch.token_ids[r] * hidden + i]);
 }
 
@@ -75,45 +64,43 @@ struct Stream {
   float *residual, *out;
 };
 
-static void run(const GatedDeltaBlock& block, const Stream& stream, const DecodeBatch& batch) {
+static void run(const GatedDeltaBlock& block, const Stream& stream, const Batch& batch) {
   const int64_t values = block.value_heads * block.value_dim;
   const int64_t width = block.channels + values + 2 * block.value_heads;
   static thread_local Workspace space;
-  float* heads = space.get<float>(batch.requests * (values + width));
-  float* projected = heads + batch.requests * values;
-  kvb_gated_delta_decode(block.heads, stream.x, stream.residual, batch.rings, batch.cu_seqlens, batch.context_lens,
-                         batch.slots, batch.record_table, batch.record_stride, batch.fill, batch.fold, projected, heads,
-                         batch.requests);
+  float* heads = space.get<float>(batch.tokens * (values + width));
+  float* projected = heads + batch.tokens * values;
+  kvb_gated_delta_heads(block.heads, stream.x, stream.residual, &batch, projected, heads);
   kvb_gated_rms_norm_linear(heads, projected + block.channels, width, block.norm, block.value_dim, block.eps,
-                            batch.requests, block.out_proj, stream.out);
+                            batch.tokens, block.out_proj, stream.out);
 }
 
-static void run(AttentionBlock& block, const Stream& stream, const DecodeBatch& batch) {
+static void run(AttentionBlock& block, const Stream& stream, const Batch& batch) {
   const int64_t queries = block.heads * block.dim, width = 2 * (queries + block.kv_heads * block.dim);
   static thread_local Workspace space;
-  float* projected = space.get<float>(batch.requests * (width + 2 * queries));
-  float *q = projected + batch.requests * width, *heads = q + batch.requests * queries;
+  float* projected = space.get<float>(batch.tokens * (width + 2 * queries));
+  float *q = projected + batch.tokens * width, *heads = q + batch.tokens * queries;
   const int page_dtype = static_cast<int>(block.page_dtype);
   Laps laps(block.seconds);
-  kvb_add_rms_norm_linear(stream.x, stream.residual, block.input_norm, block.eps, batch.requests, block.qkv_proj,
+  kvb_add_rms_norm_linear(stream.x, stream.residual, block.input_norm, block.eps, batch.tokens, block.qkv_proj,
                           projected);
   laps.end();
   kvb_attention_inputs(projected, width, block.q_norm, block.k_norm, block.cos, block.sin, block.half, batch.positions,
                        q, block.pages, batch.attention_table, batch.attention_stride, batch.cu_seqlens,
-                       batch.context_lens, batch.requests, batch.requests, block.heads, block.kv_heads, block.dim, 1,
+                       batch.context_lens, batch.tokens, batch.segments, block.heads, block.kv_heads, block.dim, 1,
                        block.eps, page_dtype);
   laps.end();
   kvb_paged_attention(q, block.pages, batch.attention_table, batch.attention_stride, batch.cu_seqlens,
-                      batch.context_lens, projected + queries, width, nullptr, heads, batch.requests, block.heads,
+                      batch.context_lens, projected + queries, width, batch.parents, heads, batch.segments, block.heads,
                       block.kv_heads, block.dim, page_dtype);
   laps.end();
-  kvb_linear(heads, queries, batch.requests, block.out_proj, stream.out, block.hidden);
+  kvb_linear(heads, queries, batch.tokens, block.out_proj, stream.out, block.hidden);
 }
 
-static void run(const SwigluBlock& block, const Stream& stream, const DecodeBatch& batch) {
+static void run(const SwigluBlock& block, const Stream& stream, const Batch& batch) {
   const SwigluWeights& w = block.weights;
   kvb_mlp(stream.x, w.hidden, stream.residual, block.norm, block.eps, w.gate_up, w.down, w.gate_up_scale, w.down_scale,
-          stream.out, batch.requests, w.hidden, w.intermediate, static_cast<int>(w.compute));
+          stream.out, batch.tokens, w.hidden, w.intermediate, static_cast<int>(w.compute));
 }
 
 }  // namespace
@@ -121,7 +108,7 @@ static void run(const SwigluBlock& block, const Stream& stream, const DecodeBatc
 
 using namespace kvb;
 
-extern "C" void kvb_decode_blocks(const Embedding* embedding, Block* blocks, int64_t count, const DecodeBatch* batch,
+extern "C" void kvb_blocks(const Embedding* embedding, Block* blocks, int64_t count, const Batch* batch,
                                   float* residual, float* x) {
   if (embedding->dtype == 0)
     embed(static_cast<const float*>(embedding->rows), embedding->hidden, *batch, residual);
@@ -136,7 +123,7 @@ extern "C" void kvb_decode_blocks(const Embedding* embedding, Block* blocks, int
       case kAttention: run(*static_cast<AttentionBlock*>(block.layer), stream, *batch); break;
       case kSwiglu: run(*static_cast<SwigluBlock*>(block.layer), stream, *batch); break;
       case kSparseMoe:
-        kvb_sparse_moe(static_cast<SparseMoeLayer*>(block.layer), stream.x, residual, x, batch->requests);
+        kvb_sparse_moe(static_cast<SparseMoeLayer*>(block.layer), stream.x, residual, x, batch->tokens);
     }
     laps.end();
   }

@@ -1,13 +1,11 @@
-// One token of each request through the heads of a Gated DeltaNet layer: norm and input projection, convolution, the
-// delta rule's inputs, decode. These are the operators of the other files, called from here rather than from Python,
-// which would be out of the caches after each of them and take as long as a small operator.
+// The heads of a Gated DeltaNet layer on a ragged batch: norm and input projection, convolution, the delta rule's inputs,
+// and each section's form. These are the operators of the other files, called from here rather than from Python, which
+// would be out of the caches after each of them and take as long as a small operator.
 //
-//   x          [B, H] or null     float32  read
-//   residual   [B, H]             float32  read and written: residual + x
-//   rings, cu_seqlens (0 to B), context_lens, slots, page_table, fill, fold: see conv.cpp and decode.cpp; a null fold
-//                                          decodes by the recurrence
-//   projected  [B, C + HV * V + 2 * HV]    float32  written: queries, keys and values (C), gate, b, a
-//   out        [B, HV, V]         float32  written
+//   x          [N, H] or null              float32  read
+//   residual   [N, H]                      float32  read and written: residual + x
+//   projected  [N, C + HV * V + 2 * HV]    float32  written: queries, keys and values (C), gate, b, a
+//   out        [N, HV, V]                  float32  written
 #include "gemm.h"
 #include "laps.h"
 #include "operators.h"
@@ -24,41 +22,50 @@ struct GatedDeltaLayer {
   Shape shape;
   StatePool states;
   RecordPages records;  // but for the page table
-  double seconds[4];    // written: what each operator took
+  double seconds[4];    // written: norm and projection, convolution, the delta rule's inputs, the forms
 };
 
 }  // namespace kvb
 
 using namespace kvb;
 
-extern "C" void kvb_gated_delta_decode(GatedDeltaLayer* layer, const float* x, float* residual, const int32_t* rings,
-                                       const int32_t* cu_seqlens, const int32_t* context_lens, const int32_t* slots,
-                                       const int32_t* page_table, int64_t table_stride, const int32_t* fill,
-                                       const uint8_t* fold, float* projected, float* out, int64_t requests) {
+extern "C" void kvb_gated_delta_heads(GatedDeltaLayer* layer, const float* x, float* residual, const Batch* batch,
+                                      float* projected, float* out) {
   const Shape& shape = layer->shape;
   const int64_t keys = shape.HK * shape.K, values = shape.HV * shape.V, channels = 2 * keys + values;
-  const int64_t width = channels + values + 2 * shape.HV;
+  const int64_t width = channels + values + 2 * shape.HV, tokens = batch->tokens;
   static thread_local Workspace space;
-  float* qkv = space.get<float>(requests * (channels + 2 * shape.HV));
-  float *g = qkv + requests * channels, *beta = g + requests * shape.HV;
+  float* qkv = space.get<float>(tokens * (channels + 2 * shape.HV));
+  float *g = qkv + tokens * channels, *beta = g + tokens * shape.HV;
   const float* b = projected + channels + values;
   Laps laps(layer->seconds);
-  kvb_add_rms_norm_linear(x, residual, layer->input_norm, layer->eps, requests, layer->in_proj, projected);
+  kvb_add_rms_norm_linear(x, residual, layer->input_norm, layer->eps, tokens, layer->in_proj, projected);
   laps.end();
-  kvb_causal_conv(projected, width, layer->conv_weight, layer->ring_pool, rings, cu_seqlens, context_lens, nullptr,
-                  nullptr, qkv, 0, requests, channels, layer->taps, layer->ring_len, layer->ring_dtype);
+  kvb_causal_conv(projected, width, layer->conv_weight, layer->ring_pool, batch->rings, batch->cu_seqlens,
+                  batch->context_lens, batch->parents, batch->kept_rings, qkv, batch->num_kept, batch->segments, channels,
+                  layer->taps, layer->ring_len, layer->ring_dtype);
   laps.end();
-  kvb_gated_delta_inputs(qkv, channels, b, b + shape.HV, width, layer->a_log, layer->dt_bias, g, beta, requests,
-                         shape.HK, shape.HV, shape.K);
+  kvb_gated_delta_inputs(qkv, channels, b, b + shape.HV, width, layer->a_log, layer->dt_bias, g, beta, tokens, shape.HK,
+                         shape.HV, shape.K);
   laps.end();
-  const Tokens tokens{qkv,     qkv + keys, qkv + 2 * keys, g,        beta,    nullptr,
-                      nullptr, channels,   channels,       channels, shape.HV};
-  RecordPages records = layer->records;
-  records.page_table = page_table;
-  records.table_stride = table_stride;
-  if (fold)
-    kvb_buffered_decode(&shape, &tokens, &layer->states, &records, slots, fill, fold, out, requests);
-  else
-    kvb_recurrent_decode(&shape, &tokens, &layer->states, slots, out, requests);
+  for (const Section* s = batch->sections; s < batch->sections + batch->num_sections; ++s) {
+    const float* q = qkv + s->first_token * channels;
+    const int64_t gates = s->first_token * shape.HV;
+    const Tokens own{q,       q + keys, q + 2 * keys, g + gates, beta + gates, nullptr,
+                     nullptr, channels, channels,     channels,  shape.HV};
+    RecordPages records = layer->records;
+    records.page_table = s->page_table;
+    records.table_stride = s->table_stride;
+    float* to = out + s->first_token * values;
+    if (s->form == kRecurrent)
+      kvb_recurrent_decode(&shape, &own, &layer->states, s->slots, to, s->segments);
+    else if (s->form == kBuffered)
+      kvb_buffered_decode(&shape, &own, &layer->states, &records, s->slots, s->fill, s->fold, to, s->segments);
+    else if (s->form == kChunked)
+      kvb_chunked_prefill(&shape, &own, &layer->states, s->slots, s->cu_seqlens, s->fresh, to, s->segments);
+    else
+      kvb_buffered_verify(&shape, &own, &layer->states, &records, s->slots, s->fill, s->cu_seqlens, s->parents, to,
+                          s->segments);
+  }
   laps.end();
 }

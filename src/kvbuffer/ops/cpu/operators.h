@@ -1,6 +1,7 @@
 // Operators of other files that are called one after the other from C++; each is described where it is defined.
 #pragma once
 #include "arguments.h"
+#include "batch.h"
 
 namespace kvb {
 struct Layer;            // linear.cpp
@@ -45,10 +46,15 @@ void kvb_buffered_decode(const kvb::Shape* shape, const kvb::Tokens* tokens, con
                          const kvb::RecordPages* records, const int32_t* slots, const int32_t* fill,
                          const uint8_t* fold, float* out, int64_t requests);
 
-void kvb_gated_delta_decode(kvb::GatedDeltaLayer* layer, const float* x, float* residual, const int32_t* rings,
-                            const int32_t* cu_seqlens, const int32_t* context_lens, const int32_t* slots,
-                            const int32_t* page_table, int64_t table_stride, const int32_t* fill, const uint8_t* fold,
-                            float* projected, float* out, int64_t requests);
+void kvb_buffered_verify(const kvb::Shape* shape, const kvb::Tokens* tokens, const kvb::StatePool* states,
+                         const kvb::RecordPages* records, const int32_t* slots, const int32_t* fill,
+                         const int32_t* cu_seqlens, const int32_t* parents, float* out, int64_t requests);
+
+void kvb_chunked_prefill(const kvb::Shape* shape, const kvb::Tokens* tokens, const kvb::StatePool* states,
+                         const int32_t* slots, const int32_t* cu_seqlens, const uint8_t* fresh, float* out, int64_t B);
+
+void kvb_gated_delta_heads(kvb::GatedDeltaLayer* layer, const float* x, float* residual, const kvb::Batch* batch,
+                           float* projected, float* out);
 
 void kvb_attention_inputs(const float* qkv, int64_t row_stride, const float* q_norm, const float* k_norm,
                           const float* cos, const float* sin, int64_t half, const int32_t* positions, float* q_out,

@@ -1,14 +1,21 @@
 """What one step hands to the model: a ragged batch of tokens and where each request's memory lies.
 
+Operators that compute a whole layer, or all of them, take it as it is; the structs below are what their kernels see.
+
 A request's share of a step is one segment, or two: most of a prompt in chunks, its last tokens into the buffer.
 """
 
 from __future__ import annotations
 
+import ctypes
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 from torch import Tensor
+
+_MOST_SHORT_TOKENS = 512
 
 
 class LinearForm(IntEnum):
@@ -84,12 +91,54 @@ class ModelInputs:
     kept_rings: Tensor | None = None
 
     @property
-    def decodes(self) -> bool:
-        """Whether the batch is one token of each request, all in the same form."""
-        return len(self.sections) == 1 and self.sections[0].form in (LinearForm.RECURRENT, LinearForm.BUFFERED)
+    def is_short(self) -> bool:
+        """Whether calls from Python are a good part of its time: with more tokens, it is memory that counts."""
+        return len(self.token_ids) <= _MOST_SHORT_TOKENS
 
-    @property
-    def fold(self) -> Tensor | None:
-        """Which requests of such a batch fold their records; None for the recurrence, which has none."""
-        part = self.sections[0]
-        return part.fold if part.form is LinearForm.BUFFERED else None
+    @cached_property
+    def struct(self) -> BatchStruct:
+        """The batch as the compiled kernels find it; the tensors have to outlive it."""
+        sections = (_SectionStruct * len(self.sections))(*map(_section_struct, self.sections))
+        tables = self.attention_page_table
+        return BatchStruct(
+            len(self.token_ids), len(self.context_lens), self.token_ids.data_ptr(), self.positions.data_ptr(),
+            self.cu_seqlens.data_ptr(), self.context_lens.data_ptr(), tables.data_ptr(), tables.stride(0),
+            self.rings.data_ptr(), _pointer(self.parents), _pointer(self.kept_rings),
+            0 if self.kept_rings is None else len(self.kept_rings), ctypes.cast(sections, c_void_p), len(sections),
+        )  # fmt: skip
+
+
+class _SectionStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("form", "segments", "first_token")),
+        *((name, c_void_p) for name in ("cu_seqlens", "slots", "page_table")),
+        ("table_stride", c_int64),
+        *((name, c_void_p) for name in ("fill", "fold", "fresh", "parents")),
+    )
+
+
+class BatchStruct(ctypes.Structure):
+    """A batch as the C interface passes it; batch.h describes it."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("tokens", "segments")),
+        *((name, c_void_p) for name in ("token_ids", "positions", "cu_seqlens", "context_lens", "attention_table")),
+        ("attention_stride", c_int64),
+        *((name, c_void_p) for name in ("rings", "parents", "kept_rings")),
+        ("num_kept", c_int64),
+        ("sections", c_void_p),
+        ("num_sections", c_int64),
+    )
+
+
+def _section_struct(section: LinearSection) -> _SectionStruct:
+    table = section.page_table
+    return _SectionStruct(
+        section.form, len(section.slots), section.tokens.start, section.cu_seqlens.data_ptr(),
+        section.slots.data_ptr(), table.data_ptr(), table.stride(0), section.fill.data_ptr(), section.fold.data_ptr(),
+        section.fresh.data_ptr(), _pointer(section.parents),
+    )  # fmt: skip
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
