@@ -1,7 +1,7 @@
 """Defaults and choices of training options, apart from what is slow to import: the command line shows them."""
 
 METHODS = ("scratch", "v-cycle", "v-cycle-3", "stack", "late-expansion", "small-first")
-METHOD = "stack"
+METHOD = "small-first"
 STEPS = 2000
 BATCH_SIZE = 16
 SEQ_LEN = 256
