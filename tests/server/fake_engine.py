@@ -158,8 +158,9 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
-    def step(self, before_computing: Callable[[], None]) -> list[CompletionDelta]:
-        before_computing()
+    def step(self, before_computing: Callable[[], None] | None = None) -> list[CompletionDelta]:
+        if before_computing is not None:
+            before_computing()
         self.num_steps += 1
         if self.num_steps == self.fail_at_step:
             raise RuntimeError("the engine broke")
